@@ -1,0 +1,7 @@
+"""`edgetune generate`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """Not written yet."""

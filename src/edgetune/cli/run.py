@@ -1,0 +1,7 @@
+"""`edgetune run`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """Not written yet."""

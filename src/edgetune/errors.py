@@ -1,0 +1,60 @@
+"""The errors that a person meets: what is wrong, where, what to do, and the exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a gate was not passed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+FAILED, WRONG_INPUT, GATE_NOT_PASSED, INTERRUPTED = 1, 2, 3, 130
+
+
+class EdgetuneError(Exception):
+    """A failure that is explained to the person at the keyboard, without a traceback.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: the place: `file:line`, a recipe key, a folder.
+        fix: what to do about it.
+    """
+
+    exit_code = FAILED
+
+    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, None if where is None else str(where), fix
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message: `where: what`, then the cure on a line of its own."""
+        first = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{first}\n  fix: {self.fix}" if self.fix else first
+
+
+class InputError(EdgetuneError):
+    """The input or the usage is wrong (exit 2)."""
+
+    exit_code = WRONG_INPUT
+
+
+class GateError(EdgetuneError):
+    """The work is done, but a limit was not met (exit 3)."""
+
+    exit_code = GATE_NOT_PASSED
+
+
+def from_os_error(error: OSError) -> EdgetuneError | None:
+    """Explain an operating system's refusal (full disk, no permission, …), or None if it is another."""
+    where = error.filename or error.filename2
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(
+            "the disk is full; nothing was left half-written",
+            where=where,
+            fix="free some space (`edgetune runs ls`, `edgetune models ls` show sizes) and run it again",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError("no permission", where=where, fix="check the owner and mode, or choose another folder")
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError):
+        return InputError((error.strerror or "file error").lower(), where=where, fix="check the path")
+    return None

@@ -1,0 +1,205 @@
+"""Files that are whole or absent: atomic writes, staged folders, hashes.
+
+Everything is written under a temporary name beside its place and renamed, so that a crash, a full disk,
+Ctrl-C or a kill -9 leaves either the old file, the new one, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import InputError
+
+TMP_PREFIX = ".tmp-"
+
+
+def home() -> Path:
+    """edgetune's own folder: models, leases, hash cache. `EDGETUNE_HOME`, else the user's cache folder."""
+    if explicit := os.environ.get("EDGETUNE_HOME"):
+        return Path(explicit).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return (Path(cache) if cache else Path.home() / ".cache") / "edgetune"
+
+
+def _temporary(final: Path) -> Path:
+    return final.parent / f"{TMP_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle for syncing a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, all or nothing. Raises OSError, with the old file untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say which file it was
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path`, all or nothing."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, all or nothing. NaN and infinity are refused (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises InputError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("no such file", where=path) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"not a JSON file ({error})", where=path) from error
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A new folder that takes `final`'s place, whole, when the block ends well, and vanishes when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        replace_folder(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename folder `new` to `final`, putting away what stood there. Killed between: `final` is absent, never mixed."""
+    if final.is_symlink():
+        raise InputError("is a link; edgetune does not replace links", where=final, fix="remove it, or choose another folder")
+    if final.exists():
+        trash = _temporary(final)
+        final.rename(trash)
+        new.rename(final)
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        new.rename(final)
+    _sync_folder(final.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead processes left under temporary names in `folder`. Call it with the folder's lock held."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(TMP_PREFIX):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-like value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class HashCache:
+    """SHA-256 of files, remembered by path, size, time of change and inode, so that an unchanged file is read once.
+
+    Kept in `home()/hashes.json`. A file whose content changes without any of these changing is not noticed;
+    loading an artifact therefore never uses this cache.
+    """
+
+    def __init__(self) -> None:
+        self._path = home() / "hashes.json"
+        self._known: dict[str, list[Any]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._known = json.loads(self._path.read_text(encoding="utf-8"))
+        self._changed = False
+
+    def file(self, path: Path) -> str:
+        """Hex SHA-256 of `path`'s content. Raises OSError."""
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        key = str(path.resolve())
+        known = self._known.get(key)
+        if known and known[:3] == stamp:
+            return str(known[3])
+        value = sha256_file(path)
+        self._known[key] = [*stamp, value]
+        self._changed = True
+        return value
+
+    def folder(self, folder: Path, skip: tuple[str, ...] = ("manifest.json",)) -> dict[str, str]:
+        """Relative POSIX path → SHA-256 of every visible file below `folder`, `skip` left out."""
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder)
+            if path.is_file() and str(relative) not in skip and not any(p.startswith(".") for p in relative.parts):
+                found[relative.as_posix()] = self.file(path)
+        return found
+
+    def save(self) -> None:
+        """Keep what was learned; entries of files that are gone are dropped. A cache that cannot be written is no error."""
+        if not self._changed:
+            return
+        alive = {key: value for key, value in self._known.items() if Path(key).exists()}
+        with contextlib.suppress(OSError):
+            write_bytes(self._path, json.dumps(alive).encode())
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all regular files below `folder`, links not followed."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise InputError when the disk that holds `folder` has less than `needed` bytes free."""
+    at = folder
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise InputError(
+            f"{what} needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+            where=folder,
+            fix="free some space, or choose a folder on another disk (`runs_dir=…`, EDGETUNE_HOME)",
+        )
+
+
+def hashes_digest(hashes: Mapping[str, str]) -> str:
+    """One digest of a folder's file hashes."""
+    return digest(dict(hashes))
