@@ -1,0 +1,30 @@
+"""Runs the ONNX Runtime GenAI model builder in a process of its own: `python -m edgetune.export._builder JSON`.
+
+The builder prints freely, puts modules under general names into `sys.modules` and keeps its memory, so it gets a
+process, and its output goes to a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def main() -> None:
+    """Build what the JSON argument asks for, and say the peak memory on the last line."""
+    job = json.loads(sys.argv[1])
+    from edgetune.runtime import genai
+
+    genai()  # telemetry off before the builder's package can send any
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    where = ("", job["model"], job["out"], job["precision"], job["provider"], job["cache"])
+    options = parse_extra_options(*where, [f"{name}={value}" for name, value in job["options"].items()])
+    create_model(*where, **options)
+    from edgetune.runtime.memory import peak_rss_mb
+
+    print(f"peak_rss_mb={peak_rss_mb():.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A decoder's ONNX artifact, made by the ONNX Runtime GenAI model builder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from edgetune import progress
+from edgetune.errors import EdgetuneError, InputError
+from edgetune.export.contract import write_contract
+from edgetune.export.targets import Target
+from edgetune.files import require_space, write_json
+from edgetune.models import context_length, stop_ids
+
+_BYTES_A_WEIGHT = {"fp32": 4.0, "int8": 1.2, "int4": 0.7}
+
+
+def export_decoder(merged: Path, target: Target, max_length: int, *, artifact: Path, report: Path, name: str) -> dict[str, Any]:
+    """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
+
+    Args:
+        merged: transformers folder.
+        target: the device profile.
+        max_length: context of the artifact in tokens; capped at the model's own.
+        artifact: existing, empty folder; the model card and the manifest are added by the caller.
+        report: existing folder for builder.log.
+        name: the artifact's name, for catalogs.
+
+    Returns:
+        What the report says of it: sizes in MB, the context in tokens, seconds, peak memory of the builder in MB.
+
+    Raises:
+        InputError: the builder does not know the architecture, or the disk is too small.
+        EdgetuneError: the builder failed; its log is named.
+    """
+    weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    bytes_in = _bytes_a_parameter(merged)
+    require_space(artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export")
+    started = time.monotonic()
+    peak = _build(merged, target, artifact, report / "builder.log")
+    limit = min(max_length, context_length(merged))
+    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    ids = stop_ids(merged)
+    config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
+    write_json(artifact / "genai_config.json", config)
+    tokenizer = json.loads((artifact / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        tokenizer.pop(key, None)
+    write_json(artifact / "tokenizer_config.json", tokenizer)
+    write_contract(merged, artifact, ids, name)
+    _check_files(artifact)
+    return {
+        "precision": target.precision,
+        "provider": target.provider,
+        "max_length": limit,
+        "model_context": context_length(merged),
+        "stop_ids": ids,
+        "files_mb": {path.name: round(path.stat().st_size / 1e6, 3) for path in sorted(artifact.iterdir())},
+        "seconds": round(time.monotonic() - started, 1),
+        "builder_peak_rss_mb": peak,
+    }
+
+
+def _bytes_a_parameter(merged: Path) -> float:
+    dtype = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32"
+    return 4.0 if dtype == "float32" else 2.0
+
+
+def _build(merged: Path, target: Target, artifact: Path, log: Path) -> float:
+    layers = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 1)
+    total = layers if target.precision == "fp32" else 6 * layers + 1  # the builder quantizes about five matrices a layer
+    with tempfile.TemporaryDirectory(prefix="edgetune-builder-") as cache, progress.task("export", total) as bar:
+        job = {
+            "model": str(merged.absolute()), "out": str(artifact.absolute()), "precision": target.precision,
+            "provider": target.provider, "cache": cache, "options": target.options,
+        }
+        with log.open("wb") as out:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)], stdout=out, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+            done = 0
+            try:
+                while child.poll() is None:
+                    time.sleep(0.25)
+                    now = min(_steps(log), total)
+                    bar.advance(now - done)
+                    done = now
+            finally:
+                if child.poll() is None:  # interrupted: the builder ends with us
+                    child.kill()
+                    child.wait()
+        bar.advance(total - done)
+    text = log.read_text(encoding="utf-8", errors="replace").replace(str(merged.absolute()), merged.name)
+    log.write_text(text.replace(str(artifact.absolute()), artifact.name), encoding="utf-8")
+    if child.returncode != 0:
+        raise _explain(child.returncode, text, target)
+    last = text.rstrip().splitlines()[-1]
+    return float(last.removeprefix("peak_rss_mb="))
+
+
+def _steps(log: Path) -> int:
+    with contextlib.suppress(OSError):
+        text = log.read_bytes()
+        return text.count(b"Reading layer") + text.count(b"complete quantization")
+    return 0
+
+
+def _explain(code: int, log: str, target: Target) -> EdgetuneError:
+    lines = [line for line in log.replace("\r", "\n").splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    if "No space left on device" in log:
+        return InputError("the disk filled up while exporting; nothing was left half-written", fix="free some space and run it again")
+    if "is not currently supported" in last or "NotImplementedError" in last:
+        return InputError(f"the model builder cannot export this model: {last}", where="export", fix="choose a model of a supported architecture")
+    if code in (-9, 137):
+        return EdgetuneError("the model builder was killed, most likely for want of memory", where="export",
+                             fix="close other programs, or use a machine with more memory")
+    return EdgetuneError(f"the model builder failed (exit {code}): {last}\n  its last lines:\n    " + "\n    ".join(lines[-12:]),
+                         where=f"export, {target.precision}", fix="check the target's options")
+
+
+def _check_files(artifact: Path) -> None:
+    missing = [name for name in ("genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json") if not (artifact / name).is_file()]
+    if missing:
+        raise EdgetuneError(f"the export lacks {', '.join(missing)}", where=artifact, fix="the model needs a fast tokenizer (tokenizer.json)")

@@ -1,0 +1,90 @@
+"""Checkpoints that are whole or absent, and the best adapter so far.
+
+`transformers` writes a checkpoint file by file. Once all of it is on disk a `complete.json` with the files' hashes
+is added, and only a checkpoint that still matches it is resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
+
+_MARK = "complete.json"
+
+
+class Checkpoints:
+    """The checkpoint folder of one training.
+
+    Args:
+        folder: where checkpoints lie.
+        key: digest of what is trained; checkpoints of anything else are thrown away.
+        resume: whether to go on from the last whole checkpoint.
+    """
+
+    def __init__(self, folder: Path, key: str, resume: bool) -> None:
+        self.folder = folder
+        mark = folder / "key.json"
+        same = mark.is_file() and read_json(mark) == {"key": key}
+        if folder.exists() and not (same and resume):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, {"key": key})
+        self.last = self._last_whole()
+        self.step = int(self.last.name.rsplit("-", 1)[1]) if self.last else 0
+        self.metrics = [row for row in self._read_metrics() if row["step"] <= self.step] if self.last else []
+        self._write_metrics()
+
+    def _last_whole(self) -> Path | None:
+        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+        for path in found:
+            if _whole(path):
+                return path
+            shutil.rmtree(path)
+        return None
+
+    def complete(self, step: int) -> None:
+        """Mark the checkpoint of `step`, just written, as whole, and drop those before the previous one."""
+        path = self.folder / f"checkpoint-{step}"
+        write_json(path / _MARK, {file.name: sha256_file(file) for file in path.iterdir() if file.is_file()})
+        older = [p for p in self.folder.glob("checkpoint-*") if int(p.name.rsplit("-", 1)[1]) < step]
+        for old in sorted(older, key=lambda p: int(p.name.rsplit("-", 1)[1]))[:-1]:
+            shutil.rmtree(old)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add a row to `metrics.jsonl`."""
+        self.metrics.append(row)
+        self._write_metrics()
+
+    def keep_best(self, model: Any, step: int, loss: float) -> None:
+        """Keep the adapter as the best so far."""
+        with staged_folder(self.best) as folder:
+            model.save_pretrained(folder, safe_serialization=True)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the artifact carries the model card
+            write_json(folder / "best.json", {"step": step, "loss": loss})
+
+    @property
+    def best(self) -> Path:
+        """Folder of the best adapter."""
+        return self.folder / "best"
+
+    def validations(self) -> list[tuple[int, float]]:
+        """(step, validation loss) so far, step 0 being the base model."""
+        return [(row["step"], row["validation_loss"]) for row in self.metrics if "validation_loss" in row]
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def _write_metrics(self) -> None:
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+
+
+def _whole(path: Path) -> bool:
+    mark = path / _MARK
+    if not mark.is_file():
+        return False
+    return all((path / name).is_file() and sha256_file(path / name) == value for name, value in read_json(mark).items())
