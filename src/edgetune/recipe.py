@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgetune.errors import InputError
+from edgetune.files import write_bytes
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -213,6 +214,37 @@ def find(name: str) -> Path:
         fix=(f"did you mean `{near[0]}`? " if near else "") + f"shipped recipes: {', '.join(names) or 'none'}; "
         "`edgetune recipes cp NAME .` gives you one to change",
     )
+
+
+def copy(name: str, to: Path) -> list[Path]:
+    """Copy a recipe and the data files that it names beside it, keeping their relative paths.
+
+    Args:
+        name: a recipe file or a shipped recipe's name.
+        to: a folder, or a file ending in .yaml.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: a file is already there.
+    """
+    source = find(name)
+    target = to if to.suffix in (".yaml", ".yml") else to / source.name
+    section = load(str(source)).recipe.data
+    named = [section.train] if isinstance(section.train, str) else list(section.train)
+    if isinstance(section.validation, str):
+        named.append(section.validation)
+    pairs = [(source, target)]
+    for item in map(Path, named):
+        if item.is_file() and item.is_relative_to(source.parent.absolute()):
+            pairs.append((item, target.parent / item.relative_to(source.parent.absolute())))
+    for _, new in pairs:
+        if new.exists():
+            raise InputError("is there already", where=new, fix="choose another folder or file name")
+    for old, new in pairs:
+        write_bytes(new, old.read_bytes())
+    return [new for _, new in pairs]
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

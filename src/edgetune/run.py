@@ -35,8 +35,8 @@ FOLDERS = {
     "bench": ("bench",),
 }
 
-# The model card tells of later measurements, so it is no part of what later stages depend on.
-NOT_CONTENT = frozenset({"README.md", MANIFEST})
+# What only tells about the output is no part of what later stages depend on: the card has later measurements, reports have times.
+NOT_CONTENT = frozenset({"README.md", "report.json", MANIFEST})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""What a run closes with: one table of what was reached, and the next command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetune.pipeline import Result
+
+
+def summary(result: Result) -> list[tuple[str, str]]:
+    """Rows (what, value) of the closing table."""
+    reports = result.reports
+    rows: list[tuple[str, str]] = []
+    if all(why is None for why in result.done.values()):
+        rows.append(("stages", "nothing changed, nothing redone"))
+    else:
+        redone = [stage for stage, why in result.done.items() if why]
+        kept = [stage for stage, why in result.done.items() if not why]
+        rows.append(("stages", f"{', '.join(redone)} done" + (f"; {', '.join(kept)} unchanged" if kept else "")))
+    if train := reports.get("train"):
+        before, after = train["validation"]["before"], train["validation"]["after"]
+        rows.append(("validation loss", f"{before['loss']:.3f} before → {after['loss']:.3f} after"))
+        rows.append(("training", f"{train['tokens_per_s'] or 0:.0f} tokens/s, {train['tokens']:,} tokens, "
+                     f"{train['steps']} steps, peak {train['peak_rss_mb']:,.0f} MB"))
+    if verify := reports.get("verify"):
+        rows.append(("gate", "passed" if verify["passed"] else f"NOT PASSED: {'; '.join(verify['failures'])}"))
+        rows.append(("KL to merged model", f"mean {verify['kld_mean']:.4f}, p99 {verify['kld_p99']:.4f} nats"))
+        rows.append(("best token agrees", f"{verify['top1_agreement']:.1%} of {verify['tokens']:,} tokens"))
+        rows.append(("perplexity", f"{verify['perplexity']['merged']:.3f} merged → {verify['perplexity']['artifact']:.3f} artifact"))
+    if export := reports.get("export"):
+        rows.append(("size on disk", f"{export['size_mb']:,.1f} MB"))
+    if bench := reports.get("bench"):
+        rows.append(("time to first token", f"{bench['ttft_ms']['p50']:.0f} ms for {bench['prompt_tokens']} prompt tokens"))
+        rows.append(("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"))
+        rows.append(("peak memory", f"{bench['peak_rss_mb']:,.0f} MB while answering"))
+    rows.append(("everything lies in", str(result.path)))
+    rows.append(("next", next_command(result)))
+    return rows
+
+
+def next_command(result: Result) -> str:
+    """The command that a person would type now."""
+    if "export" in result.reports:
+        return f"edgetune chat {result.path / 'artifact'}"
+    if "merge" in result.reports:
+        return f"edgetune export {result.path / 'merged'}"
+    if "train" in result.reports:
+        return f"edgetune merge {result.path / 'adapter'}"
+    return f"edgetune data check {result.path / 'recipe.json'}"
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "run": str(result.path),
+        "stages": {stage: {"redone": why is not None, "why": why} for stage, why in result.done.items()},
+        "reports": result.reports,
+        "next": next_command(result),
+    }
