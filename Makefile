@@ -1,0 +1,42 @@
+# Needs Python 3.11 or newer, and make. Everything is installed into .venv; nothing else is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@echo "make demo      fine-tune, export, verify and benchmark a real model (about 6 minutes on 2 cores)"
+	@echo "make test      run the tests (under 15 minutes on 2 cores)"
+	@echo "make test-all  run the slow tests, too"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove .venv and caches (runs/ stays)"
+
+setup: $(READY)
+
+# torch goes first: where the CPU build is to be had it is enough, and nothing else then pulls another.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "edgetune needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); this takes a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/edgetune run recipes/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
