@@ -1,0 +1,88 @@
+"""Keeping the libraries' own bars and warnings off the terminal, and hearing long work's progress."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from edgetune.progress import Task
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers without progress bars, load reports and warnings while the block runs."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _BarReader:
+    """Stands in for stderr: reports the percentage of tqdm's bars, lets everything else through."""
+
+    def __init__(self, real: Any, heard: Callable[[float], None]) -> None:
+        self._real, self._heard, self._in_bar = real, heard, False
+
+    def write(self, text: str) -> int:
+        if bar := re.search(r"(\d+)%\|", text):
+            self._in_bar = True
+            self._heard(int(bar[1]) / 100)
+        elif not (self._in_bar and not text.strip()):  # tqdm ends its line with a newline of its own
+            self._in_bar = False
+            self._real.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@contextlib.contextmanager
+def bars_heard(heard: Callable[[float], None]) -> Iterator[None]:
+    """Call `heard` with the share done (0 to 1) of each tqdm bar that the block would draw on stderr."""
+    with contextlib.redirect_stderr(_BarReader(sys.stderr, heard)):
+        yield
+
+
+@contextlib.contextmanager
+def growth_shown(folder: Path, shown: Task) -> Iterator[None]:
+    """Advance `shown` by the bytes that appear below `folder` while the block runs."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        before = seen = _bytes_below(folder)
+        while not stop.wait(0.3):
+            now = _bytes_below(folder)
+            if now > seen:
+                shown.advance(now - seen, f"{(now - before) / 1e6:,.0f} MB")
+                seen = now
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # temporary files come and go
+            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
+    return total
