@@ -32,7 +32,16 @@ _MACOS = {
     "AdvSIMD": "neon", "FEAT_FP16": "fp16", "FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16",
     "FEAT_SME": "sme", "avx2_0": "avx2", "avx512f": "avx512f",
 }  # fmt: skip
-_WINDOWS = {40: "avx2", 41: "avx512f", 19: "neon", 43: "dotprod", 46: "sve", 47: "sve2", 66: "i8mm", 68: "bf16"}
+_WINDOWS = {
+    40: "avx2",
+    41: "avx512f",
+    19: "neon",
+    43: "dotprod",
+    46: "sve",
+    47: "sve2",
+    66: "i8mm",
+    68: "bf16",
+}
 
 _PACKAGES = (
     "edgetune", "onnxruntime", "onnxruntime-genai", "numpy", "torch", "transformers", "peft", "onnx", "onnx-ir",
@@ -76,7 +85,9 @@ def cpu() -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False) or logical,
         "logical_cores": logical,
         "usable_cores": _usable_cores(logical),
-        "instruction_sets": sorted({names.get(flag, flag) for flag in flags if flag in names or flag in names.values()}),
+        "instruction_sets": sorted(
+            {names.get(flag, flag) for flag in flags if flag in names or flag in names.values()}
+        ),
     }
 
 
@@ -110,7 +121,9 @@ def bandwidth_gb_s() -> float:
 
     size = min(max(4 * _cache_bytes(), 64 << 20), 512 << 20, max(_memory()[1] // 4, 1 << 20))
     cores = max(1, int(_usable_cores(os.cpu_count() or 1)))
-    slices = np.array_split(np.ones(size // 8, dtype=np.int64), cores)  # ones: pages of zeros may all be one page
+    slices = np.array_split(
+        np.ones(size // 8, dtype=np.int64), cores
+    )  # ones: pages of zeros may all be one page
     seconds = []
     end = time.perf_counter() + 0.4
     with ThreadPoolExecutor(cores) as pool:
@@ -151,30 +164,55 @@ def _processor() -> tuple[str, str, set[str]]:
     """Model, vendor, and the raw names of the instruction sets."""
     if sys.platform == "darwin":
         model = _sysctl("machdep.cpu.brand_string") or platform.processor()
-        found = {ours for theirs, ours in _MACOS.items() if _sysctl(f"hw.optional.arm.{theirs}") == "1" or _sysctl(f"hw.optional.{theirs}") == "1"}
+        found = {
+            ours
+            for theirs, ours in _MACOS.items()
+            if _sysctl(f"hw.optional.arm.{theirs}") == "1" or _sysctl(f"hw.optional.{theirs}") == "1"
+        }
         return model, _sysctl("machdep.cpu.vendor") or "Apple", found
     if sys.platform == "win32":
         import ctypes
 
         present = ctypes.windll.kernel32.IsProcessorFeaturePresent
         model = os.environ.get("PROCESSOR_IDENTIFIER", platform.processor())
-        return model, model.rsplit(", ", 1)[-1], {name for number, name in _WINDOWS.items() if present(number)}
+        return (
+            model,
+            model.rsplit(", ", 1)[-1],
+            {name for number, name in _WINDOWS.items() if present(number)},
+        )
     fields: dict[str, str] = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip().lower(), value.strip())
-    board = (_read(Path("/proc/device-tree/model")) or "").rstrip("\0")  # ARM's cpuinfo has no name; the board has
-    model = fields.get("model name") or board or fields.get("hardware") or platform.processor() or platform.machine()
+    board = (_read(Path("/proc/device-tree/model")) or "").rstrip(
+        "\0"
+    )  # ARM's cpuinfo has no name; the board has
+    model = (
+        fields.get("model name")
+        or board
+        or fields.get("hardware")
+        or platform.processor()
+        or platform.machine()
+    )
     vendor = fields.get("vendor_id") or _ARM_VENDORS.get(fields.get("cpu implementer", ""), "unknown")
     return model, vendor, set((fields.get("flags") or fields.get("features") or "").split())
 
 
-_ARM_VENDORS = {"0x41": "ARM", "0x42": "Broadcom", "0x4e": "NVIDIA", "0x51": "Qualcomm", "0x61": "Apple", "0xc0": "Ampere"}
+_ARM_VENDORS = {
+    "0x41": "ARM",
+    "0x42": "Broadcom",
+    "0x4e": "NVIDIA",
+    "0x51": "Qualcomm",
+    "0x61": "Apple",
+    "0xc0": "Ampere",
+}
 
 
 def _sysctl(name: str) -> str:
     try:
-        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+        return subprocess.run(
+            ["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -217,11 +255,19 @@ def _memory() -> tuple[int, int]:
 
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
-    limits = [int(value) for value in _cgroup("memory.max", "memory", "memory.limit_in_bytes") if value.isdigit()]
+    limits = [
+        int(value) for value in _cgroup("memory.max", "memory", "memory.limit_in_bytes") if value.isdigit()
+    ]
     if limits and min(limits) < total:
         total = min(limits)
-        used = [int(value) for value in _cgroup("memory.current", "memory", "memory.usage_in_bytes") if value.isdigit()]
-        cached = re.search(r"^inactive_file (\d+)$", next(_cgroup("memory.stat", "memory", "memory.stat"), ""), re.MULTILINE)
+        used = [
+            int(value)
+            for value in _cgroup("memory.current", "memory", "memory.usage_in_bytes")
+            if value.isdigit()
+        ]
+        cached = re.search(
+            r"^inactive_file (\d+)$", next(_cgroup("memory.stat", "memory", "memory.stat"), ""), re.MULTILINE
+        )
         free = total - (used[0] if used else 0) + (int(cached[1]) if cached else 0)
         available = max(0, min(available, free))
     return total, available
