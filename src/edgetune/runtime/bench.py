@@ -1,9 +1,11 @@
 """Benchmark: how fast an artifact answers on this hardware, and what it takes.
 
-The measurement runs in a fresh process (`bench_worker`), so that load time and peak memory are those of a program that
-does nothing but answer. Terms, as LLM serving benchmarks use them:
-time to first token (TTFT): from the prompt's token ids to the first new one, KV cache included;
-inter-token latency (ITL): between two new tokens; prefill rate: prompt tokens / TTFT; decode rate: (new tokens - 1) / sum of ITL.
+The measurement runs in a fresh process (`bench_worker`), so that load time and peak memory are those of a
+program that does nothing but answer. The terms are those of benchmarks for language model services:
+
+- time to first token (TTFT): from the prompt's token ids to the first new one, making the KV cache included;
+- inter-token latency (ITL): from one new token to the next;
+- prefill rate: prompt tokens / TTFT; decode rate: (new tokens - 1) / sum of the ITL.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from edgetune.recipe import BenchSection
 from edgetune.runtime.hardware import hardware, load_average, versions
 
 FORMAT = "edgetune/bench/1"
-_SPREAD, _OTHERS = 0.25, 0.1  # what counts as noise: spread of decode rates; share of all cores that others use
+_SPREAD = 0.25  # noise: the fastest round's decode rate over the slowest's, as a share of the median
+_OTHERS = 0.1  # noise: what other programs use of all cores
 _COMMAND = (sys.executable, "-P", "-m", "edgetune.runtime.bench_worker")
 
 
@@ -42,16 +44,17 @@ def bench(artifact: Path, section: BenchSection, out: Path | None = None) -> dic
     Returns:
         The report. Times in ms or s, sizes in MB (10^6 bytes):
         ttft_ms, itl_ms, prefill_tokens_per_s, decode_tokens_per_s: each p50, p95, p99, mean, min, max;
-        load_s: graph, weights and tokenizer, files already in the page cache as their hashes were checked (verify_s);
-        peak_rss_mb: of the measuring process; size_mb: the whole folder;
-        tokens: how many were generated in the counted rounds; tokens_sha256: hash of their ids, the same for the same
-        artifact on the same machine; samples: each counted round; warnings: what makes the numbers doubtful;
-        and what it was measured with: threads, hardware, versions, load_average, others_busy_cores, files.
+        load_s: of graph, weights and tokenizer, from the page cache, as checking the hashes (verify_s) read
+        the files; peak_rss_mb: of the measuring process; size_mb: of the whole folder;
+        tokens: how many the counted rounds gave; tokens_sha256: hash of their ids, equal from run to run on
+        a machine; samples: each counted round; warnings: what makes the numbers doubtful;
+        and what they were measured with: threads, hardware, versions, load_average, others_busy_cores, files.
 
     Raises:
         InputError: no sound artifact, or prompt and answer do not fit into its context.
         EdgetuneError: the measuring process died.
     """
+    _writable(out, artifact)
     before = load_average()
     machine = hardware()
     once, rounds = _run_worker({"artifact": str(artifact.absolute()), **section.model_dump()})
@@ -85,24 +88,36 @@ def bench(artifact: Path, section: BenchSection, out: Path | None = None) -> dic
     return report
 
 
+def _writable(out: Path | None, artifact: Path) -> None:
+    """Refuse a wrong folder before the measurement, not after it."""
+    if out and out.exists() and not out.is_dir():
+        raise InputError("is not a folder", where=out, fix="choose another folder for the report")
+    if out and out.resolve().is_relative_to(artifact.resolve()):
+        raise InputError("lies inside what is measured", where=out, fix="choose a folder outside it")
+
+
 def table(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report for people: rows of what and value."""
-    cpu, ttft, itl, decode = report["hardware"]["cpu"], report["ttft_ms"], report["itl_ms"], report["decode_tokens_per_s"]
-    threads = report["threads"]
+    cpu, threads = report["hardware"]["cpu"], f"{report['threads']} thread{'s' * (report['threads'] != 1)}"
+    rounds = f"{report['repetitions']} after {report['warmup']} to warm up"
+    decode = report["decode_tokens_per_s"]
     return [
         ("artifact", f"{report['artifact']}, {report['size_mb']:,.1f} MB"),
-        ("measured on", f"{cpu['model']}, {cpu['usable_cores']} cores, {threads} thread{'s' * (threads != 1)}"),
-        ("rounds", f"{report['repetitions']} after {report['warmup']} to warm up, {report['prompt_tokens']} prompt tokens, "
-         f"{report['new_tokens']} new tokens"),
-        ("time to first token", f"p50 {ttft['p50']:,.1f} ms, p95 {ttft['p95']:,.1f} ms, p99 {ttft['p99']:,.1f} ms"),
+        ("measured on", f"{cpu['model']}, {cpu['usable_cores']} cores, {threads}"),
+        ("rounds", f"{rounds}, {report['prompt_tokens']} prompt tokens, {report['new_tokens']} new tokens"),
+        ("time to first token", _percentiles(report["ttft_ms"], 1)),
         ("prefill", f"{report['prefill_tokens_per_s']['p50']:,.1f} tokens/s"),
         ("decode", f"{decode['p50']:,.1f} tokens/s ({decode['min']:,.1f} to {decode['max']:,.1f})"),
-        ("inter-token latency", f"p50 {itl['p50']:,.2f} ms, p95 {itl['p95']:,.2f} ms, p99 {itl['p99']:,.2f} ms"),
+        ("inter-token latency", _percentiles(report["itl_ms"], 2)),
         ("load", f"{report['load_s']:.2f} s, after {report['verify_s']:.2f} s to check the hashes"),
         ("peak memory", f"{report['peak_rss_mb']:,.1f} MB"),
         ("tokens", f"{report['tokens']:,}, SHA-256 {report['tokens_sha256'][:16]}…"),
         *(("warning", text) for text in report["warnings"]),
-    ]  # fmt: skip
+    ]
+
+
+def _percentiles(found: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{name} {found[name]:,.{digits}f} ms" for name in ("p50", "p95", "p99"))
 
 
 def as_csv(report: dict[str, Any]) -> str:
@@ -111,18 +126,19 @@ def as_csv(report: dict[str, Any]) -> str:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["round", "token", "ms"])
     for number, sample in enumerate(report["samples"], 1):
-        lines.writerows([number, token, ms] for token, ms in enumerate([sample["ttft_ms"], *sample["itl_ms"]], 1))
+        times = [sample["ttft_ms"], *sample["itl_ms"]]
+        lines.writerows([number, token, ms] for token, ms in enumerate(times, 1))
     return text.getvalue()
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a markdown page."""
-    machine = report["hardware"]
+    machine, memory, load = report["hardware"], report["hardware"]["memory"], report["load_average"]
     shown = {
         "instruction sets": ", ".join(machine["cpu"]["instruction_sets"]),
-        "memory": f"{machine['memory']['total_mb']:,} MB, {machine['memory']['available_mb']:,} MB available before",
+        "memory": f"{memory['total_mb']:,} MB, {memory['available_mb']:,} MB available before",
         "system": f"{machine['os']}, {machine['kernel']}, Python {machine['python']}",
-        "load average (1, 5, 15 min)": f"{report['load_average']['before']} before, {report['load_average']['after']} after",
+        "load average (1, 5, 15 min)": f"{load['before']} before, {load['after']} after",
         **report["versions"],
     }
     return "\n".join([
@@ -140,32 +156,41 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
     """Percentiles (linear between samples), mean and range."""
     import numpy as np
 
-    p50, p95, p99 = np.percentile(values, (50, 95, 99))
-    found = {"p50": p50, "p95": p95, "p99": p99, "mean": np.mean(values), "min": min(values), "max": max(values)}
+    found: dict[str, Any] = {f"p{share}": np.percentile(values, share) for share in (50, 95, 99)}
+    found |= {"mean": np.mean(values), "min": min(values), "max": max(values)}
     return {name: round(float(value), 3) for name, value in found.items()}
 
 
 def _noise(report: dict[str, Any]) -> list[str]:
-    """What makes the numbers doubtful. Other programs are measured during the rounds: the load average before them also
-    holds what edgetune itself did until then."""
+    """What makes the numbers doubtful.
+
+    The load average is no sign: it also holds what edgetune itself did just before. So it is measured what
+    other programs use during the rounds.
+    """
     found = []
-    cores, others, decode = report["hardware"]["cpu"]["logical_cores"], report["others_busy_cores"], report["decode_tokens_per_s"]
+    cores, others = report["hardware"]["cpu"]["logical_cores"], report["others_busy_cores"]
+    decode = report["decode_tokens_per_s"]
     if others and others > _OTHERS * cores:
-        found.append(f"other programs used {others:.1f} of {cores} cores meanwhile; close them and measure again")
+        found.append(
+            f"other programs used {others:.1f} of {cores} cores meanwhile; close them, measure again"
+        )
     spread = (decode["max"] - decode["min"]) / decode["p50"]
     if spread > _SPREAD:
-        found.append(f"decode rates differ by {spread:.0%} between rounds; more repetitions on a quiet machine tell more")
+        found.append(f"decode rates differ by {spread:.0%} between rounds; measure more of them")
     return found
 
 
 def _run_worker(job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run the measuring process to its end. Returns its result and the rounds. It never outlives this call."""
+    """Run the measuring process, which never outlives this call. Returns its result and its rounds."""
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         worker = subprocess.Popen(
-            [*_COMMAND, json.dumps(job)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"}, encoding="utf-8",
-        )  # fmt: skip
+            [*_COMMAND, json.dumps(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+        )
         assert worker.stdout is not None
         try:
             with progress.task("bench", total=job["warmup"] + job["repetitions"]) as shown:
@@ -204,5 +229,5 @@ def _died(code: int, errors: IO[str]) -> EdgetuneError:
             fix = "close other programs, lower prompt_tokens, or take a smaller model or precision"
         elif how == "SIGILL":
             fix = "the installed ONNX Runtime needs instructions that this processor lacks"
-    return EdgetuneError(f"the measuring process ended before its work was done ({how})" + (f"\n  {tail}" if tail else ""),
-                         where="bench", fix=fix)  # fmt: skip
+    what = f"the measuring process ended before its work was done ({how})"
+    return EdgetuneError(f"{what}\n  {tail}" if tail else what, where="bench", fix=fix)

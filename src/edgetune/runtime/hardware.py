@@ -18,33 +18,31 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Instruction sets that decide how fast quantized or half-precision models run: as Linux calls them → as people do.
-_X86 = {
-    "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avx_vnni": "avx_vnni", "avx512f": "avx512f", "avx512_vnni": "avx512_vnni",
-    "avx512_bf16": "avx512_bf16", "avx512_fp16": "avx512_fp16", "amx_tile": "amx_tile", "amx_int8": "amx_int8",
-    "amx_bf16": "amx_bf16",
-}  # fmt: skip
+# Instruction sets that decide how fast quantized or half-precision models run.
+# Where two names stand, the system's own comes first.
+_X86 = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16",
+)  # fmt: skip
 _ARM = {
-    "asimd": "neon", "neon": "neon", "asimdhp": "fp16", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve",
-    "sve2": "sve2", "sme": "sme",
+    "neon": "neon", "asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16",
+    "sve": "sve", "sve2": "sve2", "sme": "sme",
 }  # fmt: skip
 _MACOS = {
-    "AdvSIMD": "neon", "FEAT_FP16": "fp16", "FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16",
-    "FEAT_SME": "sme", "avx2_0": "avx2", "avx512f": "avx512f",
+    "AdvSIMD": "neon", "FEAT_FP16": "fp16", "FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm",
+    "FEAT_BF16": "bf16", "FEAT_SME": "sme", "avx2_0": "avx2", "avx512f": "avx512f",
 }  # fmt: skip
 _WINDOWS = {
-    40: "avx2",
-    41: "avx512f",
-    19: "neon",
-    43: "dotprod",
-    46: "sve",
-    47: "sve2",
-    66: "i8mm",
-    68: "bf16",
-}
+    40: "avx2", 41: "avx512f", 19: "neon", 43: "dotprod", 46: "sve", 47: "sve2", 66: "i8mm", 68: "bf16",
+}  # fmt: skip
+_ARM_VENDORS = {
+    "0x41": "ARM", "0x42": "Broadcom", "0x4e": "NVIDIA", "0x51": "Qualcomm", "0x61": "Apple",
+    "0xc0": "Ampere",
+}  # fmt: skip
 
 _PACKAGES = (
-    "edgetune", "onnxruntime", "onnxruntime-genai", "numpy", "torch", "transformers", "peft", "onnx", "onnx-ir",
+    "edgetune", "onnxruntime", "onnxruntime-genai", "numpy", "torch", "transformers", "peft", "onnx",
+    "onnx-ir",
 )  # fmt: skip
 
 
@@ -52,8 +50,9 @@ def hardware() -> dict[str, Any]:
     """This machine, ready for JSON.
 
     Returns:
-        cpu: model, vendor, architecture, physical_cores, logical_cores, usable_cores (what affinity and the container's
-            limit leave to this process; may be a fraction), instruction_sets. Equal from call to call.
+        cpu: model, vendor, architecture, physical_cores, logical_cores, usable_cores (what affinity and the
+            container's limit leave to this process; may be a fraction), instruction_sets. Equal from call
+            to call.
         governor: frequency governor of the first core, None where the system does not say.
         memory: total_mb and available_mb, container limits taken into account.
         os, kernel, python: their names and versions.
@@ -77,7 +76,6 @@ def cpu() -> dict[str, Any]:
 
     logical = psutil.cpu_count() or 1
     model, vendor, flags = _processor()
-    names = _X86 if platform.machine().lower() in ("x86_64", "amd64", "i686", "x86") else _ARM
     return {
         "model": model,
         "vendor": vendor,
@@ -85,14 +83,12 @@ def cpu() -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False) or logical,
         "logical_cores": logical,
         "usable_cores": _usable_cores(logical),
-        "instruction_sets": sorted(
-            {names.get(flag, flag) for flag in flags if flag in names or flag in names.values()}
-        ),
+        "instruction_sets": sorted(flags),
     }
 
 
 def load_average() -> list[float] | None:
-    """Mean number of running programs over the last 1, 5 and 15 minutes; None where the system does not count it."""
+    """Mean number of running programs in the last 1, 5 and 15 minutes; None on Windows."""
     try:
         return [round(value, 2) for value in os.getloadavg()]
     except (OSError, AttributeError):  # Windows has none
@@ -111,9 +107,10 @@ def versions() -> dict[str, str]:
 def bandwidth_gb_s() -> float:
     """Measured read bandwidth of the main memory in GB/s (10^9 bytes), with all usable cores. Under a second.
 
-    Decoding reads every weight once a token, so this bounds its speed. Each core takes the largest number of its slice
-    of one int64 array, four times as large as the last cache (numpy lets go of the interpreter's lock in that loop, and
-    it is faster than memory). Each pass reads the array once; the median of the passes counts.
+    Decoding reads every weight once a token, so this bounds its speed. Each core looks for the largest
+    number in its slice of one int64 array, four times as large as the last cache: numpy gives the
+    interpreter's lock away in that loop, and the loop is faster than memory. A pass reads the array once;
+    the median of the passes counts.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -124,7 +121,7 @@ def bandwidth_gb_s() -> float:
     slices = np.array_split(
         np.ones(size // 8, dtype=np.int64), cores
     )  # ones: pages of zeros may all be one page
-    seconds = []
+    seconds: list[float] = []
     end = time.perf_counter() + 0.4
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(np.max, slices))  # starts the threads
@@ -136,7 +133,7 @@ def bandwidth_gb_s() -> float:
 
 
 def gflops() -> float:
-    """Measured float32 matrix multiplication in 10^9 operations a second, with numpy's own threads. Under 0.3 s."""
+    """Measured float32 matrix multiplication, 10^9 operations a second, with numpy's threads. Under 0.3 s."""
     import numpy as np
 
     best, end, n = 0.0, time.perf_counter() + 0.2, 256
@@ -161,7 +158,7 @@ def _read(path: Path) -> str | None:
 
 
 def _processor() -> tuple[str, str, set[str]]:
-    """Model, vendor, and the raw names of the instruction sets."""
+    """Model, vendor, and the instruction sets of interest."""
     if sys.platform == "darwin":
         model = _sysctl("machdep.cpu.brand_string") or platform.processor()
         found = {
@@ -175,46 +172,26 @@ def _processor() -> tuple[str, str, set[str]]:
 
         present = ctypes.windll.kernel32.IsProcessorFeaturePresent
         model = os.environ.get("PROCESSOR_IDENTIFIER", platform.processor())
-        return (
-            model,
-            model.rsplit(", ", 1)[-1],
-            {name for number, name in _WINDOWS.items() if present(number)},
-        )
+        found = {name for number, name in _WINDOWS.items() if present(number)}
+        return model, model.rsplit(", ", 1)[-1], found
     fields: dict[str, str] = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip().lower(), value.strip())
-    board = (_read(Path("/proc/device-tree/model")) or "").rstrip(
-        "\0"
-    )  # ARM's cpuinfo has no name; the board has
-    model = (
-        fields.get("model name")
-        or board
-        or fields.get("hardware")
-        or platform.processor()
-        or platform.machine()
-    )
+    board = (_read(Path("/proc/device-tree/model")) or "").rstrip("\0")  # ARM's cpuinfo names no model
+    model = fields.get("model name") or board or fields.get("hardware") or platform.machine()
     vendor = fields.get("vendor_id") or _ARM_VENDORS.get(fields.get("cpu implementer", ""), "unknown")
-    return model, vendor, set((fields.get("flags") or fields.get("features") or "").split())
-
-
-_ARM_VENDORS = {
-    "0x41": "ARM",
-    "0x42": "Broadcom",
-    "0x4e": "NVIDIA",
-    "0x51": "Qualcomm",
-    "0x61": "Apple",
-    "0xc0": "Ampere",
-}
+    flags = (fields.get("flags") or fields.get("features") or "").split()
+    names = {name: name for name in _X86} if "flags" in fields else _ARM
+    return model, vendor, {names[flag] for flag in flags if flag in names}
 
 
 def _sysctl(name: str) -> str:
     try:
-        return subprocess.run(
-            ["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5
-        ).stdout.strip()
+        found = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return found.stdout.strip()
 
 
 def _os_name() -> str:

@@ -13,8 +13,9 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in MB (10^6 bytes).
 
-    On Linux since the last `reset_peak()`, elsewhere since the process started. Pages of files that are mapped into
-    memory count, as model weights often are; the page cache of files that were merely read does not.
+    On Linux since the last `reset_peak()`, elsewhere since the process started. Pages of files that are
+    mapped into memory count, as model weights often are; the page cache of files that were merely read does
+    not.
     """
     if sys.platform == "win32":
         import psutil
