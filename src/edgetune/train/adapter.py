@@ -20,11 +20,14 @@ def base_dtype(section: TrainSection) -> torch.dtype:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
     return torch.bfloat16 if native else torch.float32
 
 
-def add_adapter(model: Any, section: TrainSection, base_id: str) -> Any:
+def add_adapter(model: Any, section: TrainSection) -> Any:
     """Put a LoRA adapter (float32, arXiv 2106.09685) on `model`.
 
     Returns:
@@ -43,17 +46,21 @@ def add_adapter(model: Any, section: TrainSection, base_id: str) -> Any:
         target_modules=section.target_modules,
     )
     if section.target_modules != "all-linear":
-        here = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
+        here = {
+            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")
+        }
         missing = [name for name in section.target_modules if name.rsplit(".", 1)[-1] not in here]
         if missing:
             raise InputError(
-                f"the model has no layer {', '.join(missing)}", where="train.target_modules",
+                f"the model has no layer {', '.join(missing)}",
+                where="train.target_modules",
                 fix=f"choose from {', '.join(sorted(n for n in here if not n.isdigit()))}, or all-linear",
             )
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"no adapter fits: {str(error).splitlines()[0]}", where="train.target_modules",
-                         fix="use all-linear, or names of linear layers") from error
-    config.base_model_name_or_path = base_id  # the id, and not a folder of the machine that it was trained on
-    return adapted
+        raise InputError(
+            f"no adapter fits: {str(error).splitlines()[0]}",
+            where="train.target_modules",
+            fix="use all-linear, or names of linear layers",
+        ) from error

@@ -24,24 +24,40 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
     """
     config = adapter / "adapter_config.json"
     if not config.is_file():
-        raise InputError("no adapter_config.json: not an adapter folder", where=adapter,
-                         fix="give the folder that `edgetune train` wrote, such as runs/NAME/adapter")
+        raise InputError(
+            "no adapter_config.json: not an adapter folder",
+            where=adapter,
+            fix="give the folder that `edgetune train` wrote, such as runs/NAME/adapter",
+        )
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = (adapter / "adapter_model.bin").is_file()
-        raise InputError("the adapter's weights are pickled, which can run code" if pickled else "adapter_model.safetensors is missing",
-                         where=adapter, fix="save the adapter with safe_serialization=True")
+        raise InputError(
+            "the adapter's weights are pickled, which can run code"
+            if pickled
+            else "adapter_model.safetensors is missing",
+            where=adapter,
+            fix="save the adapter with safe_serialization=True",
+        )
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"adapter_config.json is not JSON ({error})", where=adapter, fix="train or copy it again") from error
+        raise InputError(
+            f"adapter_config.json is not JSON ({error})", where=adapter, fix="train or copy it again"
+        ) from error
     if not isinstance(found, dict):
         raise InputError("adapter_config.json is not an object", where=adapter, fix="train or copy it again")
     return found
 
 
 def merge(
-    section: MergeSection, model_section: ModelSection, base: Base, adapter: Path, rows: Sequence[Sequence[int]],
-    *, report: Path, merged: Path,
+    section: MergeSection,
+    model_section: ModelSection,
+    base: Base,
+    adapter: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    report: Path,
+    merged: Path,
 ) -> dict[str, Any]:
     """Fold an adapter into its base, save the result, load it again and compare.
 
@@ -69,7 +85,11 @@ def merge(
     transformers.utils.logging.set_verbosity_error()
     check_adapter(adapter)
     reset_peak()
-    tokenizer = load_tokenizer(base.path, trust_remote_code=model_section.trust_remote_code, chat_template=model_section.chat_template)
+    tokenizer = load_tokenizer(
+        base.path,
+        trust_remote_code=model_section.trust_remote_code,
+        chat_template=model_section.chat_template,
+    )
     with progress.task("merge", 5) as bar:
         model = load_model(base.path, dtype=torch.float32, trust_remote_code=model_section.trust_remote_code)
         tied = model.config.tie_word_embeddings
@@ -77,15 +97,21 @@ def merge(
         try:
             adapted = PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, KeyError) as error:
-            raise InputError(f"the adapter does not fit the base: {str(error).splitlines()[0]}", where=adapter,
-                             fix=f"merge it with the base that it was trained on (now: {base.id})") from error
+            raise InputError(
+                f"the adapter does not fit the base: {str(error).splitlines()[0]}",
+                where=adapter,
+                fix=f"merge it with the base that it was trained on (now: {base.id})",
+            ) from error
         moved = _largest_update(adapted)
         wanted = _log_probabilities(adapted, rows)
         bar.advance(1, "adapter applied")
         whole = adapted.merge_and_unload()
         if whole.config.tie_word_embeddings != tied or not _tie_holds(whole):
-            raise EdgetuneError("merging broke the tie between embedding and head", where=adapter,
-                                fix="train without an adapter on the embedding or the head")
+            raise EdgetuneError(
+                "merging broke the tie between embedding and head",
+                where=adapter,
+                fix="train without an adapter on the embedding or the head",
+            )
         whole.config.dtype = torch.float32
         whole.save_pretrained(merged, safe_serialization=True)
         tokenizer.save_pretrained(merged)
@@ -96,14 +122,21 @@ def merge(
         if again.config.tie_word_embeddings != tied or not _tie_holds(again):
             raise EdgetuneError("the saved model lost the tie between embedding and head", where=merged)
         bar.advance(1, "loaded again")
-        difference = max(float((a - b).abs().max()) for a, b in zip(wanted, _log_probabilities(again, rows), strict=True))
+        difference = max(
+            float((a - b).abs().max()) for a, b in zip(wanted, _log_probabilities(again, rows), strict=True)
+        )
         bar.advance(1, f"difference {difference:.1e}")
     if not difference <= section.tolerance:  # a NaN fails too
         raise EdgetuneError(
             f"the merged model differs from base + adapter by {difference:.2e} in log-probability, over {section.tolerance:.0e}",
-            where=adapter, fix="raise merge.tolerance only if you know why; please report this adapter's configuration",
+            where=adapter,
+            fix="raise merge.tolerance only if you know why; please report this adapter's configuration",
         )
-    warnings = [] if moved > 0 else ["the adapter changes nothing: all of its updates are zero; train longer or with a higher rate"]
+    warnings = (
+        []
+        if moved > 0
+        else ["the adapter changes nothing: all of its updates are zero; train longer or with a higher rate"]
+    )
     result = {
         "max_logprob_difference": difference,
         "tolerance": section.tolerance,

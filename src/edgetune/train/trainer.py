@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from typing import Any
 from edgetune import progress
 from edgetune.data.batch import Encoded, collate
 from edgetune.errors import EdgetuneError
-from edgetune.files import write_json, write_text
+from edgetune.files import read_json, write_json, write_text
 from edgetune.models import Base, load_model, load_tokenizer
 from edgetune.recipe import TrainSection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.train.adapter import add_adapter, base_dtype
 from edgetune.train.checkpoints import Checkpoints
-from edgetune.train.evaluate import evaluate
+from edgetune.train.evaluate import evaluate, learned_logits
 from edgetune.train.plot import plot_loss
 from edgetune.train.schedule import schedule
 
@@ -46,7 +47,9 @@ class Job:
     trust_remote_code: bool = False
 
 
-def train(section: TrainSection, job: Job, *, report: Path, adapter: Path, checkpoints: Path, resume: bool) -> dict[str, Any]:
+def train(
+    section: TrainSection, job: Job, *, report: Path, adapter: Path, checkpoints: Path, resume: bool
+) -> dict[str, Any]:
     """Train an adapter and keep the best one by validation loss.
 
     Args:
@@ -78,18 +81,26 @@ def train(section: TrainSection, job: Job, *, report: Path, adapter: Path, check
     dtype = base_dtype(section)
     model = load_model(job.base.path, dtype=dtype, trust_remote_code=job.trust_remote_code)
     parameters = model.num_parameters()
-    model = add_adapter(model, section, job.base.id)
+    model = add_adapter(model, section)
     steps_per_epoch = math.ceil(len(job.train) / (section.batch_size * section.gradient_accumulation))
     steps = section.max_steps or max(1, math.ceil(steps_per_epoch * section.epochs))
-    batches = schedule([len(row.ids) for row in job.train], section.batch_size, steps * section.gradient_accumulation, job.seed)
+    batches = schedule(
+        [len(row.ids) for row in job.train],
+        section.batch_size,
+        steps * section.gradient_accumulation,
+        job.seed,
+    )
     watch = _watcher(section, job, kept, steps, batches, pad_id)
-    trainer = transformers.Trainer(
+    trainer = _trainer_class()(
         model=model,
         args=_arguments(section, job.seed, steps, checkpoints),
         train_dataset=_Batches(job.train, batches),  # type: ignore[arg-type]  # a map-style dataset
-        data_collator=lambda items: {name: torch.from_numpy(value) for name, value in collate(items[0], pad_id).items()},
+        data_collator=lambda items: {
+            name: torch.from_numpy(value) for name, value in collate(items[0], pad_id).items()
+        },
         callbacks=[watch],
     )
+    trainer.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
     trainer.remove_callback(transformers.PrinterCallback)
     if kept.last:
         progress.say(f"train: resuming after step {kept.step} of {steps}")
@@ -134,12 +145,29 @@ def train(section: TrainSection, job: Job, *, report: Path, adapter: Path, check
         "seed": job.seed,
         "warnings": _warnings(first["validation_loss"], best["validation_loss"]),
     }
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (adapter / name).write_bytes((kept.best / name).read_bytes())
+    shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
+    config = read_json(kept.best / "adapter_config.json")  # with the base's id in place of its folder on this machine
+    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": job.base.id, "revision": job.base.revision})
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
     write_json(report / "report.json", result)
     return result
+
+
+def _trainer_class() -> Any:
+    import torch
+    from transformers import Trainer
+
+    class LearnedTokensTrainer(Trainer):
+        """Trainer whose loss is the mean over the tokens that carry loss in the whole optimizer step."""
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            logits, targets = learned_logits(model, inputs)
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    return LearnedTokensTrainer
 
 
 class _Batches:
@@ -183,7 +211,12 @@ def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) 
 
 
 def _watcher(
-    section: TrainSection, job: Job, kept: Checkpoints, steps: int, batches: Sequence[Sequence[int]], pad_id: int
+    section: TrainSection,
+    job: Job,
+    kept: Checkpoints,
+    steps: int,
+    batches: Sequence[Sequence[int]],
+    pad_id: int,
 ) -> Any:
     """The callback that validates, keeps the best adapter, checkpoints, and shows how far training is."""
     from transformers import TrainerCallback
@@ -204,26 +237,31 @@ def _watcher(
             self.bar.advance(state.global_step)
             self.step_at = self.saved_at = time.monotonic()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: Any = None, **kwargs: Any
+        ) -> None:
             if "loss" not in logs:  # Trainer's summary at the end
                 return
             step = state.global_step
             loss, norm = float(logs["loss"]), float(logs["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise EdgetuneError(
-                    f"training diverged: loss {loss}, gradient norm {norm}", where=f"step {step}",
+                    f"training diverged: loss {loss}, gradient norm {norm}",
+                    where=f"step {step}",
                     fix="lower train.learning_rate, raise train.warmup, or set train.dtype=float32",
                 )
             now = time.monotonic()
-            kept.record({
-                "step": step,
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": float(logs["learning_rate"]),
-                "tokens": tokens[step - 1],
-                "learned_tokens": learned[step - 1],
-                "seconds": round(now - self.step_at, 4),
-            })
+            kept.record(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "learning_rate": float(logs["learning_rate"]),
+                    "tokens": tokens[step - 1],
+                    "learned_tokens": learned[step - 1],
+                    "seconds": round(now - self.step_at, 4),
+                }
+            )
             self.bar.advance(1, f"loss {loss:.3f}")
             if step % every == 0 or step == steps:
                 self.validate(step, model)
@@ -269,10 +307,16 @@ def _stops(section: TrainSection, kept: Checkpoints) -> bool:
 
 
 def _of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
+    return {
+        name.removeprefix("validation_"): value
+        for name, value in row.items()
+        if name.startswith("validation_")
+    }
 
 
 def _warnings(before: float, after: float) -> list[str]:
     if after < before:
         return []
-    return [f"validation loss did not fall ({before:.3f} → {after:.3f}): train longer, change train.learning_rate, or check the data"]
+    return [
+        f"validation loss did not fall ({before:.3f} → {after:.3f}): train longer, change train.learning_rate, or check the data"
+    ]
