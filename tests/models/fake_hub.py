@@ -60,7 +60,12 @@ def hub(folder: Path, **extra: bytes) -> Iterator[Hub]:
             elif path.startswith("/api/models/org/tiny/tree/"):
                 self.send_json(
                     [
-                        {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        {
+                            "type": "file",
+                            "path": name,
+                            "size": len(data),
+                            "oid": hashlib.sha1(data).hexdigest(),
+                        }
                         for name, data in state.files.items()
                     ]
                 )

@@ -48,7 +48,9 @@ def test_folder_is_clean_and_complete(gguf_file: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= base.files.keys()
     tokenizer = json.loads((base.path / "tokenizer_config.json").read_text())
     assert not {"is_local", "local_files_only"} & tokenizer.keys()
-    everything = "".join((base.path / name).read_text() for name in base.files if name.endswith("config.json"))
+    everything = "".join(
+        (base.path / name).read_text() for name in base.files if name.endswith("config.json")
+    )
     assert "someone" not in everything
     assert str(gguf_file.parent) not in everything
     config = json.loads((base.path / "config.json").read_text())
@@ -67,7 +69,9 @@ def test_converted_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert _resolve(gguf_file) == first
 
 
-def test_same_file_elsewhere_is_not_converted_again(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_file_elsewhere_is_not_converted_again(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = _resolve(gguf_file)
     copy = tmp_path / "tiny.gguf"
     shutil.copy(gguf_file, copy)
@@ -106,7 +110,9 @@ resolve(ModelSection(id=sys.argv[1]))
 
 
 def test_killed_conversion_is_not_taken_for_done(gguf_file: Path, own_home: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(gguf_file)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(gguf_file)], stdout=subprocess.PIPE, text=True
+    )
     try:
         said = child.stdout.readline()
     finally:
@@ -148,7 +154,7 @@ def test_truncated_at_any_byte(gguf_file: Path, tmp_path: Path) -> None:
     for size in sizes:
         broken = tmp_path / f"cut-{size}.gguf"
         broken.write_bytes(content[:size])
-        with pytest.raises(InputError, match="truncated or broken|no GGUF file"):
+        with pytest.raises(InputError, match=r"truncated or broken|no GGUF file"):
             _resolve(broken)
     assert store.kept() == []
 

@@ -1,4 +1,4 @@
-"""Hub models: downloaded from a hub on a loopback port, in processes of their own, as the hub's address is read once."""
+"""Hub models, from a hub on a loopback port; in processes of their own, as its address is read once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ try:
 except EdgetuneError as error:
     print(error.text(), file=sys.stderr)
     sys.exit(error.exit_code)
-print(json.dumps({"path": str(base.path), "revision": base.revision, "license": base.license, "files": base.files,
-                  "source": base.source, "id": base.id, "digest": base.digest}))
+from dataclasses import asdict
+print(json.dumps(asdict(base), default=str))
 """
 
 
-def _resolve(url: str, cache: Path, offline: bool = False, **section: Any) -> subprocess.CompletedProcess[str]:
+def _resolve(
+    url: str, cache: Path, offline: bool = False, **section: Any
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": url,
@@ -44,7 +46,12 @@ def _resolve(url: str, cache: Path, offline: bool = False, **section: Any) -> su
 
 @pytest.fixture
 def served(tiny_model: Path):
-    extra = {"pytorch_model.bin": b"pickle", "code.py": b"1/0", "consolidated.safetensors": b"x", "notes.md": b"x"}
+    extra = {
+        "pytorch_model.bin": b"pickle",
+        "code.py": b"1/0",
+        "consolidated.safetensors": b"x",
+        "notes.md": b"x",
+    }
     with hub(tiny_model, **extra) as state:
         yield state
 
@@ -59,7 +66,12 @@ def test_download_then_offline(served: Hub, tmp_path: Path, own_home: Path) -> N
     online = _resolve(served.url, tmp_path)
     assert online.returncode == 0, online.stderr
     base = json.loads(online.stdout)
-    assert (base["revision"], base["license"], base["source"], base["id"]) == (COMMIT, "apache-2.0", "hub", "org/tiny")
+    assert (base["revision"], base["license"], base["source"], base["id"]) == (
+        COMMIT,
+        "apache-2.0",
+        "hub",
+        "org/tiny",
+    )
     assert not {"pytorch_model.bin", "code.py", "consolidated.safetensors", "notes.md"} & set(served.fetched)
     assert "model.safetensors" in served.fetched
     record = json.loads(next((own_home / "models").glob("*/manifest.json")).read_text())
@@ -136,7 +148,7 @@ def test_wrong_ids(served: Hub, tmp_path: Path) -> None:
 def test_unusable_repositories_are_refused_before_the_download(
     names: list[str], message: str, served: Hub, tmp_path: Path
 ) -> None:
-    served.files = {name: b"{}" for name in names}
+    served.files = dict.fromkeys(names, b"{}")
     done = _resolve(served.url, tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

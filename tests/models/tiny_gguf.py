@@ -18,7 +18,9 @@ LAYERS = {
 }
 
 
-def write_gguf(model: Path, to: Path, *, architecture: str = "llama", leave_out: str = "", license: str = "mit") -> Path:
+def write_gguf(
+    model: Path, to: Path, *, architecture: str = "llama", leave_out: str = "", license: str = "mit"
+) -> Path:
     """Write the weights and the tokenizer of folder `model` as a GGUF file."""
     from gguf import GGUFWriter
     from safetensors.numpy import load_file

