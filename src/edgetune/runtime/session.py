@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
 from edgetune.errors import EdgetuneError, InputError
@@ -57,6 +57,19 @@ class Completion:
     completion_tokens: int
     ttft_s: float | None
     decode_tokens_per_s: float | None
+
+    def describe(self) -> str:
+        """The numbers in one line, for people."""
+        parts = [f"prompt {self.prompt_tokens:,} tokens", f"answer {self.completion_tokens:,} tokens"]
+        if self.ttft_s is not None:
+            parts.append(f"time to first token {self.ttft_s * 1e3:,.0f} ms")
+        if self.decode_tokens_per_s is not None:
+            parts.append(f"{self.decode_tokens_per_s:,.1f} tokens/s")
+        return ", ".join([*parts, f"ended by {self.finish_reason}"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the token ids, for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "ids"}
 
 
 @dataclass(frozen=True)
@@ -286,7 +299,7 @@ class Session:
             return self._og.Generator(self._model, params)
         except RuntimeError as error:
             raise InputError(
-                f"the schema cannot be followed: {_first_line(error)}",
+                f"the schema cannot be followed: {' '.join(str(error).split())[:300]}",
                 where="json_schema",
                 fix="check it; not every JSON Schema keyword is supported",
             ) from error
