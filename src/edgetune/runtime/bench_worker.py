@@ -166,10 +166,13 @@ def _fits(artifact: Artifact, prompt: int, new: int) -> None:
 
 
 def _round(og: Any, model: Any, params: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """One prompt answered greedily. Making its KV cache is part of the time to first token."""
+    """One prompt answered greedily, fed as a session feeds it. Making the KV cache is part of the first token."""
+    from edgetune.runtime.session import _PREFILL
+
     start = time.perf_counter()
     generator = og.Generator(model, params)
-    generator.append_tokens(ids)
+    for first in range(0, len(ids), _PREFILL):
+        generator.append_tokens(ids[first : first + _PREFILL])
     generator.generate_next_token()
     stamps = [time.perf_counter()]
     for _ in range(new - 1):
