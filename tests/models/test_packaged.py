@@ -25,7 +25,7 @@ MEMBER = "tiny_weights/tiny.Q8.gguf"
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of the real SmolLM2-135M-Instruct, converted once and kept from one test run to the next. Read only."""
+    """Folder of the real SmolLM2-135M-Instruct, converted once, kept between test runs. Read only."""
     with pytest.MonkeyPatch.context() as patch:
         if _REAL_HOME:
             patch.setenv("EDGETUNE_HOME", _REAL_HOME)

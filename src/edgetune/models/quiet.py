@@ -1,4 +1,4 @@
-"""Keeping the libraries' own bars and warnings off the terminal, and hearing long work's progress."""
+"""Keeping the libraries' own bars and warnings off the terminal, and showing how far silent work is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,16 +33,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _BarReader:
-    """Stands in for stderr: reports the percentage of tqdm's bars, lets everything else through."""
+class _NoBars:
+    """Stands in for stderr: swallows tqdm's bars, lets everything else through."""
 
-    def __init__(self, real: Any, heard: Callable[[float], None]) -> None:
-        self._real, self._heard, self._in_bar = real, heard, False
+    def __init__(self, real: Any) -> None:
+        self._real, self._in_bar = real, False
 
     def write(self, text: str) -> int:
-        if bar := re.search(r"(\d+)%\|", text):
+        if re.search(r"\d+%\|", text):
             self._in_bar = True
-            self._heard(int(bar[1]) / 100)
         elif not (self._in_bar and not text.strip()):  # tqdm ends its line with a newline of its own
             self._in_bar = False
             self._real.write(text)
@@ -52,10 +52,28 @@ class _BarReader:
 
 
 @contextlib.contextmanager
-def bars_heard(heard: Callable[[float], None]) -> Iterator[None]:
-    """Call `heard` with the share done (0 to 1) of each tqdm bar that the block would draw on stderr."""
-    with contextlib.redirect_stderr(_BarReader(sys.stderr, heard)):
+def bars_swallowed() -> Iterator[None]:
+    """Keep off stderr the tqdm bars that transformers' own switch does not reach (GGUF's)."""
+    with contextlib.redirect_stderr(_NoBars(sys.stderr)):
         yield
+
+
+@contextlib.contextmanager
+def paced(seconds: float, reached: Callable[[float], None]) -> Iterator[None]:
+    """Call `reached` with the share (0 to 1) of the expected `seconds` that passed, for silent work."""
+    stop, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not stop.wait(0.5):
+            reached(min((time.monotonic() - start) / max(seconds, 0.1), 1.0))
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        ticker.join()
 
 
 @contextlib.contextmanager
