@@ -18,6 +18,7 @@ app = typer.Typer(help="Check files of examples.", rich_markup_mode=None, no_arg
 
 _EXAMPLE_CHARACTERS = 1200
 _BAR = 40
+_DIRECTION = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @app.callback()
@@ -193,6 +194,7 @@ def _print_example(pieces: list[tuple[str, bool]]) -> None:
     text.append("learned", "bold green").append(", ").append("only read", "dim").append("\n")
     for piece, learned in shown:
         text.append(piece, "bold green" if learned else "dim")
+    text.append("\n")
     Console(highlight=False).print(text)
 
 
@@ -205,8 +207,8 @@ def _shortened(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 def _visible(text: str) -> str:
-    """Someone's data without what would steer the terminal."""
-    text = text.replace("\r\n", "\n")
+    """Someone's data without what would steer the terminal: control characters and turns of direction."""
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in text
+        "\ufffd" if c in _DIRECTION or (c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cs")) else c
+        for c in text.replace("\r\n", "\n")
     )

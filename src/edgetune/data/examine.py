@@ -93,9 +93,8 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
             fix = "use the same kind of rows on both sides"
             problems.add(given, "training and validation rows differ: one is plain text, one is chat", fix)
     if renderer is not None:
-        train, validation = (
-            _measured(rows, section, renderer, limit, counts, problems) for rows in (train, validation)
-        )
+        train = _measured("train", train, section, renderer, limit, counts, problems)
+        validation = _measured("validation", validation, section, renderer, limit, counts, problems)
     if isinstance(given, AutoValidation):
         if train:
             train, validation = _held_out(train, given.auto, seed, problems)
@@ -154,6 +153,7 @@ def _characters(values: dict[str, Any]) -> tuple[int, int]:
 
 
 def _measured(
+    side: str,
     rows: list[Example],
     section: DataSection,
     renderer: Renderer,
@@ -165,7 +165,7 @@ def _measured(
     kept: list[Example] = []
     if not rows:
         return kept
-    with task("tokens", len(rows)) as shown:
+    with task(f"{side} tokens", len(rows)) as shown:
         for number, row in enumerate(rows, 1):
             try:
                 encoded = renderer.encode(row.values, section.train_on)
@@ -186,9 +186,10 @@ def _measured(
 
 def _too_long(section: DataSection, tokens: int, learned: int, limit: int) -> None:
     if section.too_long == "error":
+        own, more = ("", "raise data.max_length, ") if section.max_length else (", the model's context", "")
         raise RowProblem(
-            f"the row has {tokens:,} tokens, the limit is {limit:,}",
-            "shorten it, raise data.max_length up to the model's context, or set data.too_long",
+            f"the row has {tokens:,} tokens, the limit is {limit:,}{own}",
+            f"shorten it, {more}or set data.too_long=truncate or drop",
         )
     if section.too_long == "truncate" and not learned:
         raise RowProblem(

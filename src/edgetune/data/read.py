@@ -78,7 +78,7 @@ def _jsonl(path: Path, name: str, problems: Problems) -> Iterator[Row]:
                 what = f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
                 problems.add(where, what, _SAVE_UTF8)
             except json.JSONDecodeError as error:
-                what = f"broken JSON: {_lower(error.msg)} at column {error.colno}"
+                what = f"broken JSON: {_grammar(error)}"
                 problems.add(where, what, "each line is one whole JSON object; correct or remove the line")
             except (ValueError, RecursionError) as error:
                 problems.add(where, _odd(error), "correct or remove the line")
@@ -113,9 +113,7 @@ def _json(path: Path, name: str, problems: Problems) -> Iterator[Row]:
             if error.msg != "Extra data"
             else "a file with one object a line is named .jsonl"
         )
-        problems.add(
-            f"{name}:{error.lineno}", f"broken JSON: {_lower(error.msg)} at column {error.colno}", fix
-        )
+        problems.add(f"{name}:{error.lineno}", f"broken JSON: {_grammar(error)}", fix)
         return
     except (ValueError, RecursionError) as error:
         problems.add(path, _odd(error), "correct the file")
@@ -243,6 +241,10 @@ def _odd(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "broken JSON: nested too deeply"
     return _lower(str(error).split(";")[0]) if "JSON" not in str(error) else str(error)
+
+
+def _grammar(error: json.JSONDecodeError) -> str:
+    return f"{_lower(error.msg.removesuffix(' at'))} at column {error.colno}"
 
 
 def _lower(text: str) -> str:

@@ -77,7 +77,7 @@ def _length(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
-    """At most twelve bars, each a power of two wide; the last also takes the longest hundredth of the rows."""
+    """At most twelve bars, each a power of two wide; the last also takes the longest 1 % of the rows."""
     if not lengths:
         return []
     ordered, width = sorted(lengths), 1
