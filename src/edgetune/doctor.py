@@ -96,7 +96,7 @@ def examine() -> dict[str, Any]:
     machine, bandwidth = _measured()
     writable, pip = _writable(home()), importlib.util.find_spec("pip") is not None
     return {
-        "ok": not broken,
+        "ok": not broken and all(need.installed for need in needs if need.extra == "runtime"),
         "broken": list(dict.fromkeys(broken)),
         "missing": [*_missing(needs)],
         "notes": [*_notes(writable, pip)],
@@ -166,7 +166,7 @@ def _hardware_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:
 
 def remarks(report: dict[str, Any]) -> list[str]:
     """Lines for people: what is broken, what is missing, what is worth knowing, and the verdict."""
-    verdict = "the runtime works" if report["ok"] else f"{len(report['broken'])} problem(s) to solve"
+    verdict = "the runtime works" if report["ok"] else "not all is well: see the lines above"
     return [
         *(f"broken: {line}" for line in report["broken"]),
         *report["missing"],
@@ -244,9 +244,14 @@ def _bad_pairs() -> Iterator[str]:
 
 
 def _unmet(needs: Sequence[Need]) -> Iterator[str]:
-    """What the installed packages, and those that they need, ask for and do not find."""
-    from packaging.requirements import Requirement
+    """What the installed packages, and those that they need, ask for and do not find.
 
+    A package that edgetune itself asks for is reported as missing already.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    own = {canonicalize_name(need.name) for need in needs}
     open_ = {need.name for need in needs if need.installed and need.extra != "dev"} | set(_COMPANIONS)
     seen: set[str] = set()
     while open_:
@@ -258,6 +263,8 @@ def _unmet(needs: Sequence[Need]) -> Iterator[str]:
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
             found = _version(need.name)
+            if found is None and canonicalize_name(need.name) in own:
+                continue
             if found is None:
                 cure = f"pip install '{need.name}{need.specifier}'"
                 yield f"{name} {version} needs {need.name}, which is missing: {cure}"

@@ -166,7 +166,7 @@ def _fits(artifact: Artifact, prompt: int, new: int) -> None:
 
 
 def _round(og: Any, model: Any, params: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """One prompt answered greedily, fed as a session feeds it. Making the KV cache is part of the first token."""
+    """One prompt answered greedily, fed as a session feeds it. Making the KV cache counts as well."""
     from edgetune.runtime.session import _PREFILL
 
     start = time.perf_counter()

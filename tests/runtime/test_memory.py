@@ -1,0 +1,53 @@
+"""Peak memory reacts to what is allocated."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from edgetune.runtime.memory import peak_rss_mb, reset_peak
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can start the peak anew")
+
+
+@linux
+def test_peak_rises_by_what_is_allocated_and_stays():
+    reset_peak()
+    before = peak_rss_mb()
+    block = bytearray(100_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    during = peak_rss_mb()
+    assert 95 < during - before < 130
+    del block
+    assert peak_rss_mb() == pytest.approx(during, abs=5)
+
+
+@linux
+def test_reset_forgets_an_old_peak():
+    reset_peak()
+    block = bytearray(b"x") * 100_000_000
+    high = peak_rss_mb()
+    del block
+    reset_peak()
+    assert peak_rss_mb() < high - 90
+
+
+def test_elsewhere_the_system_tells_in_its_own_unit(monkeypatch, tmp_path):
+    import resource
+
+    from edgetune.runtime import memory
+
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    raw = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_rss_mb() == pytest.approx(raw / 1e6, rel=0.1)
+    monkeypatch.setattr(sys, "platform", "freebsd14")
+    assert peak_rss_mb() == pytest.approx(raw * 1024 / 1e6, rel=0.1)
+
+
+def test_reset_where_it_is_not_allowed_does_nothing(monkeypatch, tmp_path):
+    from edgetune.runtime import memory
+
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no" / "clear_refs")
+    reset_peak()
