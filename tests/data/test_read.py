@@ -152,6 +152,7 @@ def test_problems_sort_by_file_and_line() -> None:
 
 
 def test_files_of_one_name_are_told_apart() -> None:
+    assert names([Path("x/a.csv"), Path("x/a.csv")]) == ["a.csv", "a.csv"]
     assert names([Path("x/a.csv"), Path("y/a.csv"), Path("b.csv")]) == ["x/a.csv", "y/a.csv", "b.csv"]
 
 

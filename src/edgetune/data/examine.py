@@ -84,11 +84,13 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
     """
     limit = _limit(section, context) if renderer is not None else None
     counts, problems = Counts(), Problems()
-    train = _side("train", train_files(section), section, counts, problems)
-    given = section.validation
+    files, given = train_files(section), section.validation
+    held = [Path(given).expanduser()] if isinstance(given, str) else []
+    called = dict(zip([*files, *held], names([*files, *held]), strict=True))
+    train = _side("train", files, called, section, counts, problems)
     validation: list[Example] = []
-    if isinstance(given, str):
-        validation = _side("validation", [Path(given).expanduser()], section, counts, problems)
+    if held:
+        validation = _side("validation", held, called, section, counts, problems)
         if len({form == "text" for form in counts.forms.values()}) > 1:
             fix = "use the same kind of rows on both sides"
             problems.add(given, "training and validation rows differ: one is plain text, one is chat", fix)
@@ -118,16 +120,22 @@ def _limit(section: DataSection, context: int | None) -> int | None:
 
 
 def _side(
-    side: str, files: list[Path], section: DataSection, counts: Counts, problems: Problems
+    side: str,
+    files: list[Path],
+    called: dict[Path, str],
+    section: DataSection,
+    counts: Counts,
+    problems: Problems,
 ) -> list[Example]:
     rows: list[Row] = []
     with task(f"{side} rows") as shown:
-        for path, name in zip(files, names(files), strict=True):
+        for path in files:
+            name = called[path]
             before = len(rows)
             rows.extend(read(path, problems, name))
             counts.rows[name] = counts.rows.get(name, 0) + len(rows) - before
             shown.advance(note=f"{len(rows):,} rows")
-        form = section.form if section.form != "auto" else find_form(rows, problems) if rows else None
+        form = None if not rows else find_form(rows, problems) if section.form == "auto" else section.form
         if form is None:
             return []
         counts.forms[side] = form

@@ -57,7 +57,7 @@ def read(path: Path, problems: Problems, name: str | None = None) -> Iterator[Ro
 
 def names(paths: list[Path]) -> list[str]:
     """Short names for files: the file name, with its folder's where two files share one."""
-    plain = [path.name for path in paths]
+    plain = [path.name for path in dict.fromkeys(paths)]
     return [f"{p.parent.name}/{p.name}" if plain.count(p.name) > 1 else p.name for p in paths]
 
 
