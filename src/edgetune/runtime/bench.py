@@ -158,7 +158,7 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 
     found: dict[str, Any] = {f"p{share}": np.percentile(values, share) for share in (50, 95, 99)}
     found |= {"mean": np.mean(values), "min": min(values), "max": max(values)}
-    return {name: round(float(value), 3) for name, value in found.items()}
+    return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def _noise(report: dict[str, Any]) -> list[str]:

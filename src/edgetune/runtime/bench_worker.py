@@ -73,7 +73,7 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
 
     Raises:
         InputError: no sound artifact, or prompt and answer do not fit into its context.
-        EdgetuneError: the runtime ended an answer before its length was reached.
+        EdgetuneError: ONNX Runtime cannot load the artifact, or ended an answer too early.
     """
     import psutil
 
@@ -94,8 +94,15 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
     if job["threads"]:
         options = {"intra_op_num_threads": job["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    model = og.Model(config)
-    tokenizer = og.Tokenizer(model)
+    try:
+        model = og.Model(config)
+        tokenizer = og.Tokenizer(model)
+    except RuntimeError as error:
+        raise EdgetuneError(
+            f"ONNX Runtime cannot load the artifact: {' '.join(str(error).split())[:300]}",
+            where=artifact.path,
+            fix="export it again; `edgetune doctor` checks the installation",
+        ) from error
     load_s = time.perf_counter() - start
     # ONNX Runtime starts one thread less than it works with: its caller is the first
     threads = job["threads"] or 1 + process.num_threads() - threads_before
