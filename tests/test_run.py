@@ -90,9 +90,17 @@ def test_manifest_lists_hash_and_size(tmp_path: Path) -> None:
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from edgetune.run import RunFolder\nwith RunFolder(Path(sys.argv[1])).locked(): pass"
     with RunFolder(tmp_path / "run").locked():
-        second = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False
+        )
         assert second.returncode != 0 and "another edgetune process" in second.stderr
-    third = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    third = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
     assert third.returncode == 0, third.stderr
-    with RunFolder(tmp_path / "run").locked(), pytest.raises(InputError), RunFolder(tmp_path / "run").locked():
+    with (
+        RunFolder(tmp_path / "run").locked(),
+        pytest.raises(InputError),
+        RunFolder(tmp_path / "run").locked(),
+    ):
         pass

@@ -31,12 +31,23 @@ EXTRAS = ("runtime", "train", "export", "dev")
 
 # Installed together these do not work: name, versions, other's name, its versions, why, what to do.
 _BAD_PAIRS = (
-    ("optimum-onnx", "<=0.1.0", "transformers", ">=4.58",
-     "it fails on this transformers", "pip uninstall optimum-onnx (edgetune does not use it)"),
-    ("onnxruntime-genai", ">=0.18", "transformers", "<5.2",
-     "its model builder imports classes that only transformers 5.2 and later have",
-     "pip install 'edgetune[export]'"),
-)  # fmt: skip
+    (
+        "optimum-onnx",
+        "<=0.1.0",
+        "transformers",
+        ">=4.58",
+        "it fails on this transformers",
+        "pip uninstall optimum-onnx (edgetune does not use it)",
+    ),
+    (
+        "onnxruntime-genai",
+        ">=0.18",
+        "transformers",
+        "<5.2",
+        "its model builder imports classes that only transformers 5.2 and later have",
+        "pip install 'edgetune[export]'",
+    ),
+)
 # Packages that install the same folder, so that one overwrites the other.
 _SAME_FOLDER = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn"),
@@ -87,9 +98,7 @@ def examine() -> dict[str, Any]:
         EdgetuneError: edgetune itself, or what reads versions, is not installed.
     """
     if importlib.util.find_spec("packaging") is None:
-        raise EdgetuneError(
-            "the package packaging is missing, which reads versions", fix="pip install packaging"
-        )
+        raise EdgetuneError("the package packaging is missing, which reads versions", fix="pip install packaging")
     needs = [*_needs()]
     runtime, broken = _runtime()
     broken += [*_out_of_range(needs), *_bad_pairs(), *_unmet(needs)]
@@ -103,8 +112,7 @@ def examine() -> dict[str, Any]:
         "edgetune": __version__,
         "packages": [asdict(need) for need in needs],
         "extras": {
-            extra: all(need.installed and need.fits for need in needs if need.extra == extra)
-            for extra in EXTRAS
+            extra: all(need.installed and need.fits for need in needs if need.extra == extra) for extra in EXTRAS
         },
         "runtime": runtime,
         "hardware": machine,
@@ -144,10 +152,7 @@ def machine_table(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("execution providers", providers or "none: ONNX Runtime does not load"),
         ("onnxruntime-genai", "loads" if runtime["works"] else "does not load"),
         ("telemetry", "off" if runtime["telemetry_off"] else "unknown: ONNX Runtime does not load"),
-        *(
-            (f"extra {extra}", "complete" if yes else "not complete")
-            for extra, yes in report["extras"].items()
-        ),
+        *((f"extra {extra}", "complete" if yes else "not complete") for extra, yes in report["extras"].items()),
     ]
 
 
@@ -206,9 +211,7 @@ def _needs() -> Iterator[Need]:
         raise EdgetuneError("edgetune is run without being installed", fix="pip install -e FOLDER") from error
     for extra in EXTRAS:
         for need in wanted:
-            base, with_extra = (
-                need.marker is None or need.marker.evaluate({"extra": e}) for e in ("", extra)
-            )
+            base, with_extra = (need.marker is None or need.marker.evaluate({"extra": e}) for e in ("", extra))
             if need.name == "edgetune" or not (base if extra == "runtime" else with_extra and not base):
                 continue
             installed = _version(need.name)
@@ -297,9 +300,7 @@ def _runtime() -> tuple[dict[str, Any], list[str]]:
         why = f"it dies with {signal.Signals(-probe.returncode).name}"
         if probe.returncode == -signal.SIGILL:
             why += ", as it needs instructions that this processor lacks"
-    return failed, [
-        f"the runtime does not load: {why}: pip install --force-reinstall onnxruntime onnxruntime-genai"
-    ]
+    return failed, [f"the runtime does not load: {why}: pip install --force-reinstall onnxruntime onnxruntime-genai"]
 
 
 def _measured() -> tuple[dict[str, Any] | None, float | None]:
@@ -338,10 +339,7 @@ def _torch_cuda() -> str | None:
 
 
 def _nvidia_driver() -> bool:
-    return (
-        bool(ctypes.util.find_library("nvcuda" if os.name == "nt" else "cuda"))
-        or Path("/dev/nvidiactl").exists()
-    )
+    return bool(ctypes.util.find_library("nvcuda" if os.name == "nt" else "cuda")) or Path("/dev/nvidiactl").exists()
 
 
 def _existing(folder: Path) -> Path:

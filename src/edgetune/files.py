@@ -102,7 +102,11 @@ def staged_folder(final: Path) -> Iterator[Path]:
 def replace_folder(new: Path, final: Path) -> None:
     """Rename folder `new` to `final`, putting away what stood there. Killed between: `final` is absent, never mixed."""
     if final.is_symlink():
-        raise InputError("is a link; edgetune does not replace links", where=final, fix="remove it, or choose another folder")
+        raise InputError(
+            "is a link; edgetune does not replace links",
+            where=final,
+            fix="remove it, or choose another folder",
+        )
     if final.exists():
         trash = _temporary(final)
         final.rename(trash)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,9 +41,13 @@ class Pipeline:
         self.folder = RunFolder(loaded.run_dir)
         self._base: Base | None = None
         self._do: dict[str, Callable[[Work, bool], None]] = {
-            "data": self._data, "train": self._train, "merge": self._merge,
-            "export": self._export, "verify": self._verify, "bench": self._bench,
-        }  # fmt: skip
+            "data": self._data,
+            "train": self._train,
+            "merge": self._merge,
+            "export": self._export,
+            "verify": self._verify,
+            "bench": self._bench,
+        }
 
     def base(self) -> Base:
         """The base model, fetched if need be."""
@@ -51,7 +57,9 @@ class Pipeline:
             self._base = resolve(self.recipe.model)
         return self._base
 
-    def run(self, *, first: str | None = None, until: str = STAGES[-1], force: bool = False, resume: bool = True) -> Result:
+    def run(
+        self, *, first: str | None = None, until: str = STAGES[-1], force: bool = False, resume: bool = True
+    ) -> Result:
         """Do what is stale.
 
         Args:
@@ -66,27 +74,48 @@ class Pipeline:
         wanted = STAGES[: STAGES.index(until) + 1]
         if first and first not in wanted:
             raise InputError(f"--from {first} lies after --until {until}", fix=f"stages in order: {', '.join(STAGES)}")
-        with self.folder.locked():
-            base = self.base()
-            self._register(base)
-            result = Result(self.folder.path)
-            forced = force
+        self._look_before()
+        result = Result(self.folder.path)
+        forced = force
+        with self.folder.locked(), self._held(self.base()):
             for stage in wanted:
                 forced = forced or stage == first
-                work = self.work(stage)
-                why = "asked for" if forced else self.folder.stale(work)
-                result.done[stage] = why
-                if why:
-                    progress.say(f"{stage}: {why}")
-                    self._do[stage](work, resume and not force)
-                    gc.collect()
-                result.reports[stage] = self.folder.report(stage)
-                for warning in result.reports[stage].get("warnings", []) if why else []:
-                    progress.say(f"{stage}: warning: {warning}")
+                self._one(stage, result, forced, resume and not force)
                 if stage == "verify":
                     self._gate(result)
             self._card(result)
         return result
+
+    def _look_before(self) -> None:
+        """Refuse what is sure to fail later, before anything is fetched or written."""
+        from edgetune.data.examine import train_files
+        from edgetune.export.targets import load_target
+
+        load_target(self.recipe.export.target)
+        held_out = self.recipe.data.validation
+        for path in [
+            *train_files(self.recipe.data),
+            *([Path(held_out)] if isinstance(held_out, str) else []),
+        ]:
+            self._hash(path)
+        if self.recipe.model.chat_template and not Path(self.recipe.model.chat_template).is_file():
+            raise InputError(
+                "no such file", where="model.chat_template", fix=f"check {self.recipe.model.chat_template}"
+            )
+
+    def _one(self, stage: str, result: Result, forced: bool, resume: bool) -> None:
+        work = self.work(stage)
+        why = "asked for" if forced else self.folder.stale(work)
+        result.done[stage] = why
+        if why:
+            progress.say(f"{stage}: {why}")
+            self._do[stage](work, resume)
+            _release_memory()
+        elif any(result.done.values()):
+            progress.say(f"{stage}: unchanged")
+        result.reports[stage] = self.folder.report(stage)
+        for warning in result.reports[stage].get("warnings", []) if why and stage != "data" else []:
+            progress.say(f"{stage}: warning: {warning}")
 
     def work(self, stage: str) -> Work:
         """What `stage` would do now. The stages before it must have been done."""
@@ -94,19 +123,29 @@ class Pipeline:
         base_id = {"id": base.id, "revision": base.revision, "sha256": base.digest}
         template = sha256_file(Path(recipe.model.chat_template)) if recipe.model.chat_template else None
         if stage == "data":
+            from edgetune.data.examine import train_files
+
             reading = {name: value for name, value in base.files.items() if not name.endswith((".safetensors", ".py"))}
             options = recipe.data.model_dump(exclude={"train", "validation"})
             if not isinstance(recipe.data.validation, str):
                 options["validation"] = recipe.data.validation.model_dump()
-            files = {"train": [self._hash(path) for path in train_files(recipe.data.train)]}
+            files = {"train": [self._hash(path) for path in train_files(recipe.data)]}
             if isinstance(recipe.data.validation, str):
                 files["validation"] = [self._hash(Path(recipe.data.validation))]
-            return Work(stage, {"rows": files, "tokenizer": digest(reading), "chat_template": template}, {**options, "seed": recipe.seed})
+            return Work(
+                stage,
+                {"rows": files, "tokenizer": digest(reading), "chat_template": template},
+                {**options, "seed": recipe.seed},
+            )
         if stage == "train":
             options = {**recipe.train.model_dump(), "seed": recipe.seed, "train_on": recipe.data.train_on}
             return Work(stage, {"base": base_id, "data": content("data")}, options)
         if stage == "merge":
-            return Work(stage, {"base": base_id, "adapter": content("train"), "chat_template": template}, recipe.merge.model_dump())
+            return Work(
+                stage,
+                {"base": base_id, "adapter": content("train"), "chat_template": template},
+                recipe.merge.model_dump(),
+            )
         if stage == "export":
             from edgetune.export.targets import load_target
 
@@ -131,18 +170,26 @@ class Pipeline:
             raise InputError("no such data file", where=path, fix="check `data.train` and `data.validation`")
         return self.folder.hashes.file(path)
 
-    def _register(self, base: Base) -> None:
-        from edgetune.leases import remember_run
+    @contextlib.contextmanager
+    def _held(self, base: Base) -> Iterator[Base]:
+        """The base, kept from being deleted while the block runs, and known as the base of this run afterwards."""
+        from edgetune.leases import lease, remember_run
 
         write_json(self.folder.path / "recipe.json", self.recipe.model_dump())
         remember_run(self.folder.path.absolute(), base.path)
+        with lease(base.path, "edgetune run"):
+            yield base
 
     def _encoded(self, which: str) -> list[Any]:
         from edgetune.data.batch import encode_file
         from edgetune.models import context_length, load_tokenizer
 
         recipe, base = self.recipe, self.base()
-        tokenizer = load_tokenizer(base.path, trust_remote_code=recipe.model.trust_remote_code, chat_template=recipe.model.chat_template)
+        tokenizer = load_tokenizer(
+            base.path,
+            trust_remote_code=recipe.model.trust_remote_code,
+            chat_template=recipe.model.chat_template,
+        )
         longest = recipe.data.max_length or context_length(base.path)
         return encode_file(self.folder.output("data") / f"{which}.jsonl", tokenizer, recipe.data.train_on, longest)
 
@@ -151,18 +198,32 @@ class Pipeline:
         from edgetune.models import context_length, load_tokenizer, stop_ids
 
         model, base = self.recipe.model, self.base()
-        tokenizer = load_tokenizer(base.path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+        tokenizer = load_tokenizer(
+            base.path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
+        )
         with staged_folder(self.folder.output("data")) as out:
-            prepare(self.recipe.data, seed=self.recipe.seed, tokenizer=tokenizer, context=context_length(base.path),
-                    stop_ids=set(stop_ids(base.path)), out=out)
+            prepare(
+                self.recipe.data,
+                seed=self.recipe.seed,
+                tokenizer=tokenizer,
+                context=context_length(base.path),
+                stop_ids=set(stop_ids(base.path)),
+                out=out,
+            )
             seal(out, work)
 
     def _train(self, work: Work, resume: bool) -> None:
         from edgetune.train.trainer import Job, train
 
         checkpoints = self.folder.path / "checkpoints"
-        job = Job(self.base(), self._encoded("train"), self._encoded("validation"), self.recipe.seed, work.key,
-                  self.recipe.model.trust_remote_code)
+        job = Job(
+            self.base(),
+            self._encoded("train"),
+            self._encoded("validation"),
+            self.recipe.seed,
+            work.key,
+            self.recipe.model.trust_remote_code,
+        )
         with self._staged("train", work) as (report, adapter):
             train(self.recipe.train, job, report=report, adapter=adapter, checkpoints=checkpoints, resume=resume)
         shutil.rmtree(checkpoints)
@@ -172,18 +233,40 @@ class Pipeline:
 
         require_space(self.folder.path, 4 * self._parameters(), "the merged model")
         rows = [row.ids[:512] for row in self._encoded("validation")[: self.recipe.merge.rows]]
+        turn = self.folder.report("data").get("turn")  # absent for plain text
         with self._staged("merge", work) as (report, merged):
-            merge(self.recipe.merge, self.recipe.model, self.base(), self.folder.output("train"), rows, report=report, merged=merged)
+            merge(
+                self.recipe.merge,
+                self.recipe.model,
+                self.base(),
+                self.folder.output("train"),
+                rows,
+                stop_id=turn["stop_id"] if turn else None,
+                report=report,
+                merged=merged,
+            )
 
     def _export(self, work: Work, resume: bool) -> None:
         from edgetune.export.package import export
         from edgetune.export.targets import load_target
 
-        chain = {"base": describe(self.base()), "data": self.folder.content("data"), "adapter": self.folder.content("train")}
+        chain = {
+            "base": describe(self.base()),
+            "data": self.folder.content("data"),
+            "adapter": self.folder.content("train"),
+        }
         report, artifact = self.folder.folders("export")
         with staged_folder(report) as first, staged_folder(artifact) as second:
-            export(self.folder.output("merge"), load_target(self.recipe.export.target), self.recipe.export.max_length,
-                   name=self.name, chain=chain, work=work, artifact=second, report=first)
+            export(
+                self.folder.output("merge"),
+                load_target(self.recipe.export.target),
+                self.recipe.export.max_length,
+                name=self.name,
+                chain=chain,
+                work=work,
+                artifact=second,
+                report=first,
+            )
             seal(first, work)
 
     def _verify(self, work: Work, resume: bool) -> None:
@@ -216,8 +299,9 @@ class Pipeline:
         if not report["passed"]:
             self._card(result)
             raise GateError(
-                f"the gate is not passed: {'; '.join(report['failures'])}", where=self.folder.output("export"),
-                fix=advice(report, self.recipe.export.target),
+                f"the gate is not passed: {'; '.join(report['failures'])}",
+                where=self.folder.output("export"),
+                fix=advice(report),
             )
 
     def _card(self, result: Result) -> None:
@@ -232,19 +316,22 @@ class Pipeline:
         return int(self.folder.report("train")["parameters"])
 
 
-def advice(report: dict[str, Any], target: str) -> str:
+def _release_memory() -> None:
+    """Give memory that the stage used back to the system, so that it does not count against the next one."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def advice(report: dict[str, Any]) -> str:
     """What to try when the gate is not passed."""
     ruined = report["kld_mean"] > 0.2 or report["top1_agreement"] < 0.8
     says = "at this precision it is another model than the one that was trained; " if ruined else ""
-    if "fp32" in target:
+    if report["precision"] == "fp32":
         return f"{says}an export without rounding should pass: please report this model"
-    more = "export.target=cpu-int8" if "int4" in target else "export.target=cpu-fp32"
+    more = "export.target=cpu-int8" if report["precision"] == "int4" else "export.target=cpu-fp32"
     return f"{says}choose more bits ({more}), or set verify.limits if this loss is acceptable to you"
-
-
-def train_files(named: str | list[str]) -> list[Path]:
-    """The training files of a recipe."""
-    return [Path(item) for item in ([named] if isinstance(named, str) else named)]
 
 
 def describe(base: Base) -> dict[str, Any]:

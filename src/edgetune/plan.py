@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import psutil
 
+from edgetune.data.examine import train_files
 from edgetune.errors import EdgetuneError
 from edgetune.files import home
 from edgetune.models import Base, local
-from edgetune.pipeline import STAGES, Pipeline, train_files
+from edgetune.pipeline import STAGES, Pipeline
 from edgetune.recipe import LoadedRecipe, Recipe
 
 _BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows; used only while the tokenizer is not here
@@ -66,19 +66,26 @@ def rows(planned: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     found = []
     for stage in planned["stages"]:
         known = stage["redo"] and stage["seconds"] is not None
-        found.append((
-            stage["name"],
-            stage["why"] or "unchanged",
-            f"about {clock(stage['seconds'])}" if known else ("?" if stage["redo"] else "-"),
-            f"{stage['memory_mb']:,.0f} MB" if known else ("?" if stage["redo"] else "-"),
-            f"{stage['disk_mb']:,.0f} MB" if known else ("?" if stage["redo"] else "-"),
-        ))
+        found.append(
+            (
+                stage["name"],
+                stage["why"] or "unchanged",
+                f"about {clock(stage['seconds'])}" if known else ("?" if stage["redo"] else "-"),
+                f"{stage['memory_mb']:,.0f} MB" if known else ("?" if stage["redo"] else "-"),
+                f"{stage['disk_mb']:,.0f} MB" if known else ("?" if stage["redo"] else "-"),
+            )
+        )
     redone = [stage for stage in planned["stages"] if stage["redo"] and stage["seconds"] is not None]
     if redone:
-        found.append((
-            "in all", f"{len(redone)} of {len(planned['stages'])} stages", f"about {clock(sum(s['seconds'] for s in redone))}",
-            f"{max(s['memory_mb'] for s in redone):,.0f} MB", f"{sum(s['disk_mb'] for s in redone):,.0f} MB",
-        ))
+        found.append(
+            (
+                "in all",
+                f"{len(redone)} of {len(planned['stages'])} stages",
+                f"about {clock(sum(s['seconds'] for s in redone))}",
+                f"{max(s['memory_mb'] for s in redone):,.0f} MB",
+                f"{sum(s['disk_mb'] for s in redone):,.0f} MB",
+            )
+        )
     return found
 
 
@@ -88,39 +95,45 @@ def _base(recipe: Recipe, checks: list[dict[str, Any]]) -> Base | None:
     except EdgetuneError as error:
         checks.append({"ok": False, "what": f"base model: {error}"})
         return None
-    said = f"base model {recipe.model.id} is on this machine" if base else (
-        f"base model {recipe.model.id} will be fetched first; estimates come once it is here")
+    said = (
+        f"base model {recipe.model.id} is on this machine"
+        if base
+        else (f"base model {recipe.model.id} will be fetched first; estimates come once it is here")
+    )
     checks.append({"ok": True, "what": said})
     return base
 
 
 def _tokens(recipe: Recipe, base: Base | None, checks: list[dict[str, Any]]) -> dict[str, int]:
     """Tokens and rows of both sides: counted where the tokenizer is here, else from the size of the files."""
-    missing = [str(path) for path in train_files(recipe.data.train) if not path.is_file()]
+    missing = [str(path) for path in train_files(recipe.data) if not path.is_file()]
     if isinstance(recipe.data.validation, str) and not Path(recipe.data.validation).is_file():
         missing.append(recipe.data.validation)
     if missing:
         checks.append({"ok": False, "what": f"no such data file: {', '.join(missing)}"})
         return {"train": 0, "validation": 0, "longest": 0}
     if base is None:
-        size = sum(path.stat().st_size for path in train_files(recipe.data.train))
+        size = sum(path.stat().st_size for path in train_files(recipe.data))
         return {"train": int(size / _BYTES_A_TOKEN), "validation": 0, "longest": 0}
-    from edgetune.data.prepare import prepare
-    from edgetune.models import context_length, load_tokenizer, stop_ids
+    from edgetune.data.check import check
 
     try:
-        tokenizer = load_tokenizer(base.path, trust_remote_code=recipe.model.trust_remote_code, chat_template=recipe.model.chat_template)
-        with tempfile.TemporaryDirectory(prefix="edgetune-plan-") as out:
-            prepare(recipe.data, seed=recipe.seed, tokenizer=tokenizer, context=context_length(base.path),
-                    stop_ids=set(stop_ids(base.path)), out=Path(out))
-            report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+        checked = check(recipe.data, seed=recipe.seed, model=recipe.model)
     except EdgetuneError as error:
         checks.append({"ok": False, "what": f"data: {error}"})
         return {"train": 0, "validation": 0, "longest": 0}
-    sides = {side: report[side] for side in ("train", "validation")}
-    checks.append({"ok": True, "what": "data: " + ", ".join(f"{s['rows']} {side} rows, {s['tokens']:,} tokens" for side, s in sides.items())})
-    checks += [{"ok": True, "what": f"data: {warning}"} for warning in report["warnings"]]
-    return {side: s["tokens"] for side, s in sides.items()} | {"longest": sides["train"]["longest"]}
+    told = checked.report
+    if checked.count:
+        checks.append(
+            {
+                "ok": False,
+                "what": f"data: {checked.count} rows with problems; `edgetune data check` names them",
+            }
+        )
+    sides = [f"{told['rows'][side]} {side} rows, {told['tokens'][side]:,} tokens" for side in ("train", "validation")]
+    checks.append({"ok": True, "what": f"data: {'; '.join(sides)}"})
+    checks += [{"ok": True, "what": f"data: {warning}"} for warning in told["warnings"]]
+    return {**told["tokens"], "longest": told["length"]["train"]["max"]}
 
 
 def _estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> dict[str, dict[str, float]]:
@@ -133,34 +146,66 @@ def _estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> dict[str, 
     config = config.get("text_config") or config
     layers, hidden = config.get("num_hidden_layers", 24), config.get("hidden_size", 1024)
     inner, vocabulary = config.get("intermediate_size") or 4 * hidden, config.get("vocab_size", 32000)
-    parameters = layers * (2.6 * hidden * hidden + 3 * hidden * inner) + vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    parameters = layers * (2.6 * hidden * hidden + 3 * hidden * inner) + vocabulary * hidden * (
+        1 if config.get("tie_word_embeddings") else 2
+    )
     half = str(base_dtype(recipe.train)).endswith("bfloat16")
     rate = gflops() * 1e9 * (1.1 if half else 0.6)
     weights_mb = parameters * 4 / 1e6
     load_s = 4 + weights_mb / 150
     section = recipe.train
-    passes = section.epochs if section.max_steps is None else (
-        section.max_steps * section.batch_size * section.gradient_accumulation * (tokens["longest"] / 2) / max(tokens["train"], 1))
+    passes = (
+        section.epochs
+        if section.max_steps is None
+        else (
+            section.max_steps
+            * section.batch_size
+            * section.gradient_accumulation
+            * (tokens["longest"] / 2)
+            / max(tokens["train"], 1)
+        )
+    )
     adapter = 2 * layers * section.rank * (4.6 * hidden + 3 * (hidden + inner))
     held = section.batch_size * tokens["longest"]  # tokens in flight; the longest batch decides
     activations = held * layers * 5 * (10 * hidden + 6 * inner) * (1 if half else 1.4) + 0.4 * held * vocabulary * 14
     precision = load_target(recipe.export.target).precision
-    artifact_mb = {"fp32": 4.0, "int8": 2.0 if vocabulary * hidden * 4 > parameters else 1.3, "int4": 0.7}[precision] * parameters / 1e6
-    verify_tokens = min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1)) + 8 * recipe.verify.golden_tokens * 8
+    artifact_mb = (
+        {"fp32": 4.0, "int8": 2.0 if vocabulary * hidden * 4 > parameters else 1.3, "int4": 0.7}[precision]
+        * parameters
+        / 1e6
+    )
+    verify_tokens = (
+        min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1)) + 8 * recipe.verify.golden_tokens * 8
+    )
     decode_s = artifact_mb / 1e3 / bandwidth_gb_s() * 2 + 0.002
     rounds = recipe.bench.warmup + recipe.bench.repetitions
     forward = 2 * parameters / rate
     return {
-        "data": {"seconds": 3 + (tokens["train"] + tokens["validation"]) / 3e5, "memory_mb": _RUNTIME_MB,
-                 "disk_mb": (tokens["train"] + tokens["validation"]) * _BYTES_A_TOKEN / 1e6},
-        "train": {"seconds": load_s + 2 * forward * tokens["train"] * passes + forward * tokens["validation"] * (section.evaluations + 1) * 2,
-                  "memory_mb": _RUNTIME_MB + weights_mb / (2 if half else 1) + (16 * adapter + activations) / 1e6, "disk_mb": 8 * adapter / 1e6},
+        "data": {
+            "seconds": 3 + (tokens["train"] + tokens["validation"]) / 3e5,
+            "memory_mb": _RUNTIME_MB,
+            "disk_mb": (tokens["train"] + tokens["validation"]) * _BYTES_A_TOKEN / 1e6,
+        },
+        "train": {
+            "seconds": load_s
+            + 2 * forward * tokens["train"] * passes
+            + forward * tokens["validation"] * (section.evaluations + 1) * 2,
+            "memory_mb": _RUNTIME_MB + weights_mb / (2 if half else 1) + (16 * adapter + activations) / 1e6,
+            "disk_mb": 8 * adapter / 1e6,
+        },
         "merge": {"seconds": 2 * load_s, "memory_mb": _RUNTIME_MB + 2 * weights_mb, "disk_mb": weights_mb},
         "export": {"seconds": 2 * load_s, "memory_mb": _RUNTIME_MB + 2.6 * weights_mb, "disk_mb": artifact_mb},
-        "verify": {"seconds": load_s + 4 * forward * verify_tokens, "memory_mb": _RUNTIME_MB + weights_mb + 1.5 * artifact_mb, "disk_mb": 0.1},
-        "bench": {"seconds": 2 + rounds * (1.5 * forward * recipe.bench.prompt_tokens + recipe.bench.new_tokens * decode_s),
-                  "memory_mb": 100 + 1.2 * artifact_mb, "disk_mb": 0.1},
-    }  # fmt: skip
+        "verify": {
+            "seconds": load_s + 4 * forward * verify_tokens,
+            "memory_mb": _RUNTIME_MB + weights_mb + 1.5 * artifact_mb,
+            "disk_mb": 0.1,
+        },
+        "bench": {
+            "seconds": 2 + rounds * (1.5 * forward * recipe.bench.prompt_tokens + recipe.bench.new_tokens * decode_s),
+            "memory_mb": 100 + 1.2 * artifact_mb,
+            "disk_mb": 0.1,
+        },
+    }
 
 
 def _machine(recipe: Recipe, stages: list[dict[str, Any]], run_dir: Path, checks: list[dict[str, Any]]) -> None:
@@ -177,7 +222,18 @@ def _machine(recipe: Recipe, stages: list[dict[str, Any]], run_dir: Path, checks
         while not at.exists():
             at = at.parent
         free = shutil.disk_usage(at).free / 1e6
-        checks.append({"ok": needed <= free, "what": f"disk: about {ceil(needed):,} MB needed, {free:,.0f} MB free for {where}"})
+        checks.append(
+            {
+                "ok": needed <= free,
+                "what": f"disk: about {ceil(needed):,} MB needed, {free:,.0f} MB free for {where}",
+            }
+        )
     missing = [name for name in ("torch", "transformers", "peft", "onnx", "onnx_ir") if find_spec(name) is None]
-    checks.append({"ok": not missing, "what": f"not installed: {', '.join(missing)} (pip install 'edgetune[all]')" if missing
-                   else "everything that the stages need is installed"})
+    checks.append(
+        {
+            "ok": not missing,
+            "what": f"not installed: {', '.join(missing)} (pip install 'edgetune[all]')"
+            if missing
+            else "everything that the stages need is installed",
+        }
+    )

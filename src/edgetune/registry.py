@@ -73,11 +73,7 @@ def known_runs() -> list[Run]:
     if here.is_dir():
         for path in here.iterdir():
             bases.setdefault(path.resolve(), None)
-    runs = [
-        _describe(path, base)
-        for path, base in bases.items()
-        if is_run(path) and not path.name.startswith(".")
-    ]
+    runs = [_describe(path, base) for path, base in bases.items() if is_run(path) and not path.name.startswith(".")]
     return sorted(runs, key=lambda run: run.changed, reverse=True)
 
 
@@ -132,9 +128,7 @@ def find_run(name: str) -> Run:
     path = Path(name).expanduser()
     bases = {run.path: run.base for run in remembered_runs()}
     if path.is_symlink():
-        raise InputError(
-            "is a link, not a run folder", where=path, fix=f"name the folder itself: {path.resolve()}"
-        )
+        raise InputError("is a link, not a run folder", where=path, fix=f"name the folder itself: {path.resolve()}")
     if is_run(path):
         return _describe(path.resolve(), bases.get(path.resolve()))
     found = [run for run in known_runs() if run.name == name]

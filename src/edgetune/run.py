@@ -50,7 +50,14 @@ class Work:
     @property
     def key(self) -> str:
         """Digest of stage, inputs and options."""
-        return digest({"stage": self.stage, "version": STAGES[self.stage], "inputs": self.inputs, "options": self.options})
+        return digest(
+            {
+                "stage": self.stage,
+                "version": STAGES[self.stage],
+                "inputs": self.inputs,
+                "options": self.options,
+            }
+        )
 
 
 class RunFolder:
@@ -85,7 +92,8 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(
-                "another edgetune process works in this run folder", where=self.path,
+                "another edgetune process works in this run folder",
+                where=self.path,
                 fix="wait for it, stop it, or choose another run (`name=…`)",
             ) from error
         try:
@@ -107,7 +115,9 @@ class RunFolder:
             hashes = self.hashes.folder(folder)
             outputs = {name: entry["sha256"] for name, entry in found.get("outputs", {}).items()}
             if hashes != outputs:
-                changed = sorted(name for name in outputs.keys() | hashes.keys() if outputs.get(name) != hashes.get(name))
+                changed = sorted(
+                    name for name in outputs.keys() | hashes.keys() if outputs.get(name) != hashes.get(name)
+                )
                 return f"{folder.name}/{changed[0]} is not as it was written"
         return None
 
@@ -176,7 +186,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of the packages that decide the result, as far as they are installed."""
     found = {}
-    for name in ("torch", "transformers", "peft", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "onnx",
+        "onnx-ir",
+        "onnxruntime",
+        "onnxruntime-genai",
+        "numpy",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -20,17 +20,32 @@ def summary(result: Result) -> list[tuple[str, str]]:
     if train := reports.get("train"):
         before, after = train["validation"]["before"], train["validation"]["after"]
         rows.append(("validation loss", f"{before['loss']:.3f} before → {after['loss']:.3f} after"))
-        rows.append(("training", f"{train['tokens_per_s'] or 0:.0f} tokens/s, {train['tokens']:,} tokens, "
-                     f"{train['steps']} steps, peak {train['peak_rss_mb']:,.0f} MB"))
+        rows.append(
+            (
+                "training",
+                f"{train['tokens_per_s'] or 0:.0f} tokens/s, {train['tokens']:,} tokens, "
+                f"{train['steps']} steps, peak {train['peak_rss_mb']:,.0f} MB",
+            )
+        )
     if verify := reports.get("verify"):
         rows.append(("gate", "passed" if verify["passed"] else f"NOT PASSED: {'; '.join(verify['failures'])}"))
         rows.append(("KL to merged model", f"mean {verify['kld_mean']:.4f}, p99 {verify['kld_p99']:.4f} nats"))
         rows.append(("best token agrees", f"{verify['top1_agreement']:.1%} of {verify['tokens']:,} tokens"))
-        rows.append(("perplexity", f"{verify['perplexity']['merged']:.3f} merged → {verify['perplexity']['artifact']:.3f} artifact"))
+        rows.append(
+            (
+                "perplexity",
+                f"{verify['perplexity']['merged']:.3f} merged → {verify['perplexity']['artifact']:.3f} artifact",
+            )
+        )
     if export := reports.get("export"):
         rows.append(("size on disk", f"{export['size_mb']:,.1f} MB"))
     if bench := reports.get("bench"):
-        rows.append(("time to first token", f"{bench['ttft_ms']['p50']:.0f} ms for {bench['prompt_tokens']} prompt tokens"))
+        rows.append(
+            (
+                "time to first token",
+                f"{bench['ttft_ms']['p50']:.0f} ms for {bench['prompt_tokens']} prompt tokens",
+            )
+        )
         rows.append(("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"))
         rows.append(("peak memory", f"{bench['peak_rss_mb']:,.0f} MB while answering"))
     rows.append(("everything lies in", str(result.path)))

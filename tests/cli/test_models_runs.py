@@ -22,9 +22,7 @@ def kept(tiny_model: Path, own_home: Path) -> Path:
     """A kept model."""
     entry = store.entry_for("Tiny model", "abcdef0123456789")
     shutil.copytree(tiny_model, entry)
-    store.seal(
-        entry, Base(entry, "package:tiny", "package", "1.0", "mit", file_hashes(entry), "someone/Tiny")
-    )
+    store.seal(entry, Base(entry, "package:tiny", "package", "1.0", "mit", file_hashes(entry), "someone/Tiny"))
     return entry
 
 

@@ -62,9 +62,7 @@ SYSTEM_LAST = (
 )
 
 # Writes the beginning-of-sequence token twice.
-TWO_BOS = "{{ '<|im_start|><|im_start|>' }}" + NO_END.replace(
-    "m['content'] + '\n'", "m['content'] + '<|im_end|>\n'"
-)
+TWO_BOS = "{{ '<|im_start|><|im_start|>' }}" + NO_END.replace("m['content'] + '\n'", "m['content'] + '<|im_end|>\n'")
 
 
 def chat(*turns: str, system: str | None = None) -> dict[str, list[dict[str, str]]]:

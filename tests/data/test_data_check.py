@@ -62,9 +62,7 @@ def test_problems(tmp_path: Path, tiny_model: Path, tiny_rows: list[Any]) -> Non
     assert {piece["learned"] for piece in result["example"]} == {True, False}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(None, "no such file"), (b"", "is empty"), (b"\xff\xfe[", "UTF-16")]
-)
+@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"", "is empty"), (b"\xff\xfe[", "UTF-16")])
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)

@@ -91,8 +91,16 @@ def test_sharegpt_roles() -> None:
     froms = ["system", "human", "gpt", "user", "chatgpt", "tool", "assistant", "observation", "model"]
     row = normal({"conversations": [{"from": f, "value": "x"} for f in froms]}, "sharegpt")
     assert [turn["role"] for turn in row["messages"]] == [
-        "system", "user", "assistant", "user", "assistant", "tool", "assistant", "tool", "assistant"
-    ]  # fmt: skip
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
 
 
 def test_extra_keys_are_counted() -> None:
@@ -102,10 +110,7 @@ def test_extra_keys_are_counted() -> None:
 
 
 def test_content_is_kept_as_it_is() -> None:
-    assert (
-        normal({"prompt": " Q\n", "completion": "\n A "}, "prompt-completion")["messages"][1]["content"]
-        == "\n A "
-    )
+    assert normal({"prompt": " Q\n", "completion": "\n A "}, "prompt-completion")["messages"][1]["content"] == "\n A "
 
 
 @pytest.mark.parametrize(
@@ -157,8 +162,7 @@ def test_faults_of_other_forms(values: dict[str, Any], form: str, expected: str)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
     ),
     max_leaves=8,
 )

@@ -104,9 +104,7 @@ def test_overlap_leaves_the_training_side(tmp_path: Path, tiny: Any, tiny_rows: 
         prepared(section(train=held, validation=held), tiny, tmp_path / "out")
 
 
-def test_all_problems_come_at_once_and_nothing_is_written(
-    tmp_path: Path, tiny: Any, tiny_rows: list[Any]
-) -> None:
+def test_all_problems_come_at_once_and_nothing_is_written(tmp_path: Path, tiny: Any, tiny_rows: list[Any]) -> None:
     rows = [*tiny_rows, '{"messages": ', chat("Q", " "), chat("Q", "A <|im_end|>"), chat("Q " * 400, "A")]
     with pytest.raises(InputError) as error:
         prepared(section(train=write_jsonl(tmp_path / "a.jsonl", rows)), tiny, tmp_path / "out")
@@ -126,14 +124,10 @@ def test_rows_that_are_too_long(tmp_path: Path, tiny: Any, tiny_rows: list[Any])
     held = write_jsonl(tmp_path / "v.jsonl", [chat("Q", "A")])
     with pytest.raises(InputError, match=r"a.jsonl:17: the row has [0-9,]+ tokens, the limit is 128"):
         prepared(section(train=file, validation=held, max_length=128), tiny, tmp_path / "out")
-    dropped = prepared(
-        section(train=file, validation=held, max_length=128, too_long="drop"), tiny, tmp_path / "out"
-    )
+    dropped = prepared(section(train=file, validation=held, max_length=128, too_long="drop"), tiny, tmp_path / "out")
     assert len(load(dropped.train)) == 16
     assert dropped.report["too_long"] == {"limit": 128, "rows": 1, "truncated": 0, "dropped": 1}
-    cut = prepared(
-        section(train=file, validation=held, max_length=128, too_long="truncate"), tiny, tmp_path / "out"
-    )
+    cut = prepared(section(train=file, validation=held, max_length=128, too_long="truncate"), tiny, tmp_path / "out")
     encoded = encode_file(cut.train, tiny, "assistant", 128)
     assert max(len(row.ids) for row in encoded) == 128
     assert cut.report["tokens"]["train"] == sum(len(row.ids) for row in encoded)

@@ -109,7 +109,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1", "not a whole Parquet file"),
         ("a.txt", b"x", "`.txt` is not a kind of file that is read"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
@@ -158,9 +158,7 @@ def test_files_of_one_name_are_told_apart() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS)
-def test_json_and_jsonl_give_back_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
-) -> None:
+def test_json_and_jsonl_give_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("rows")
     for ascii_only in (True, False):
         (folder / "a.jsonl").write_bytes(
@@ -185,9 +183,7 @@ def test_csv_gives_back_what_was_written(
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=80), suffix=st.sampled_from(["jsonl", "json", "csv", "parquet"]))
-def test_any_bytes_are_rows_or_problems(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str
-) -> None:
+def test_any_bytes_are_rows_or_problems(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
     file = tmp_path_factory.mktemp("bytes") / f"a.{suffix}"
     file.write_bytes(data)
     problems = Problems()

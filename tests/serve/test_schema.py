@@ -140,11 +140,7 @@ def test_unsupported_is_refused_by_name(unsupported: dict[str, Any], param: str)
         ({"messages": content(["x"])}, "messages[0].content[0].type"),
         ({"messages": content([{"type": "text"}])}, "messages[0].content[0].text"),
         (
-            {
-                "messages": content(
-                    [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
-                )
-            },
+            {"messages": content([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}])},
             "messages[0].content[1].type",
         ),
         ({"messages": content([{"type": "input_audio", "input_audio": {}}])}, "messages[0].content[0].type"),
@@ -168,9 +164,7 @@ def test_missing_fields() -> None:
 
 def test_text_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    request = parse(
-        messages=[{"role": "developer", "content": "be short"}, {"role": "user", "content": parts}]
-    )
+    request = parse(messages=[{"role": "developer", "content": "be short"}, {"role": "user", "content": parts}])
     assert request.conversation() == [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": "one two"},

@@ -39,8 +39,12 @@ def guarded() -> Iterator[None]:
         else:
             _fail(known)
     except MemoryError:
-        _fail(EdgetuneError("not enough memory", fix="close other programs, or lower train.batch_size and data.max_length"))
-    except Exception as error:  # noqa: BLE001 - the last resort, which reports and fails
+        _fail(
+            EdgetuneError(
+                "not enough memory", fix="close other programs, or lower train.batch_size and data.max_length"
+            )
+        )
+    except Exception as error:
         if type(error).__module__.split(".")[0] in {"typer", "click"}:
             raise  # usage errors and exits are the command line library's own
         _crash()
@@ -94,7 +98,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         return
     if title:
         typer.echo(title)
-    widths = [max(len(column), *(len(row[i]) for row in rows), 0) if rows else len(column) for i, column in enumerate(columns)]
+    widths = [
+        max(len(column), *(len(row[i]) for row in rows), 0) if rows else len(column) for i, column in enumerate(columns)
+    ]
     for line in [columns, *rows]:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 

@@ -15,9 +15,7 @@ _UNSET = "; the recipe's default when not given."
 def command(
     artifact: Annotated[Path, typer.Argument(help="An artifact or a run folder.", show_default=False)],
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help=f"Length of each prompt{_UNSET}")] = None,
-    new_tokens: Annotated[
-        int | None, typer.Option(min=2, help=f"Tokens generated after each prompt{_UNSET}")
-    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=2, help=f"Tokens generated after each prompt{_UNSET}")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help=f"Rounds that are not counted{_UNSET}")] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help=f"Rounds that are counted{_UNSET}")] = None,
     threads: Annotated[
@@ -53,9 +51,7 @@ def command(
         "repetitions": repetitions,
         "threads": threads,
     }
-    section = BenchSection.model_validate(
-        {name: value for name, value in options.items() if value is not None}
-    )
+    section = BenchSection.model_validate({name: value for name, value in options.items() if value is not None})
     report = bench(artifact, section, out)
     if json or format == "json":
         print_json(report)

@@ -43,9 +43,7 @@ def check(
         Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] | None,
         typer.Option(help="How a row is laid out; told from all rows when not given."),
     ] = None,
-    train_on: Annotated[
-        Literal["assistant", "last", "all"] | None, typer.Option(help="Where the loss falls.")
-    ] = None,
+    train_on: Annotated[Literal["assistant", "last", "all"] | None, typer.Option(help="Where the loss falls.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=8, help="Tokens a row; the model's context when not given.")
     ] = None,
@@ -95,9 +93,7 @@ def _what(file: str, model: str | None, given: dict[str, Any]) -> dict[str, Any]
         loaded = recipe.load(file, overrides).recipe
         return {"section": loaded.data, "seed": loaded.seed, "model": loaded.model}
     if model is None and "max_length" in given:
-        raise InputError(
-            "--max-length counts tokens", where="--max-length", fix="say whose tokens: add --model"
-        )
+        raise InputError("--max-length counts tokens", where="--max-length", fix="say whose tokens: add --model")
     seed = recipe.Recipe.model_fields["seed"].default
     section = recipe.DataSection.model_validate({"train": file, **given})
     return {
@@ -113,9 +109,7 @@ def _print(checked: Checked) -> None:
         forms = list(dict.fromkeys(said["form"].values()))
         files = ", ".join(f"{name} ({rows:,} rows)" for name, rows in said["rows"]["read"].items())
         typer.echo(f"{files}; form: {', '.join(forms)}\n")
-        print_table(
-            ["", "rows", unit, "learned", "min", "mean", "p50", "p95", "max", "duplicates"], _sides(said)
-        )
+        print_table(["", "rows", unit, "learned", "min", "mean", "p50", "p95", "max", "duplicates"], _sides(said))
         _print_histogram(said)
         _print_facts(said)
     if checked.example:
@@ -129,11 +123,7 @@ def _print(checked: Checked) -> None:
         if checked.count > len(checked.problems):
             typer.echo(f"  and {checked.count - len(checked.problems):,} more")
     else:
-        typer.echo(
-            "no problems"
-            if unit == "tokens"
-            else "no problems; tokens were not checked: add --model for that"
-        )
+        typer.echo("no problems" if unit == "tokens" else "no problems; tokens were not checked: add --model for that")
 
 
 def _sides(said: dict[str, Any]) -> list[list[str]]:
@@ -165,14 +155,10 @@ def _print_histogram(said: dict[str, Any]) -> None:
 def _print_facts(said: dict[str, Any]) -> None:
     over, settings = said["too_long"], said["settings"]
     if over["limit"] is not None:
-        typer.echo(
-            f"\nlimit {over['limit']:,} tokens: rows over it: {over['rows']:,} ({settings['too_long']})"
-        )
+        typer.echo(f"\nlimit {over['limit']:,} tokens: rows over it: {over['rows']:,} ({settings['too_long']})")
     held = settings["validation"]
     if isinstance(held, dict):
-        typer.echo(
-            f"validation: {held['auto']:.0%} of the rows, seed {settings['seed']}; identical rows on one side"
-        )
+        typer.echo(f"validation: {held['auto']:.0%} of the rows, seed {settings['seed']}; identical rows on one side")
     else:
         typer.echo(f"overlap: training rows that are also validation rows: {said['overlap']:,}")
     if said["turn"]:
@@ -200,9 +186,7 @@ def _print_example(pieces: list[tuple[str, bool]]) -> None:
 
 def _shortened(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     room = max(80, _EXAMPLE_CHARACTERS // len(pieces))
-    cut = [
-        (t if len(t) <= room else f"{t[: room // 2]} … {t[-room // 2 :]}", learned) for t, learned in pieces
-    ]
+    cut = [(t if len(t) <= room else f"{t[: room // 2]} … {t[-room // 2 :]}", learned) for t, learned in pieces]
     return cut if len(cut) <= 24 else [*cut[:12], ("\n…\n", False), *cut[-12:]]
 
 

@@ -48,9 +48,7 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; all
 
 def command(
     artifact: Folder,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; read from --file or a pipe when not given.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from --file or a pipe when not given.")] = None,
     file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     system: System = None,
     max_tokens: MaxTokens = None,
@@ -92,9 +90,14 @@ def command(
     if raw and system is not None:
         raise InputError("--raw sends no system prompt", fix="leave --raw or --system out")
     options = GenerationOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-        stop=tuple(stop or ()), json_schema=None if json_schema is None else read_schema(json_schema),
-    )  # fmt: skip
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        json_schema=None if json_schema is None else read_schema(json_schema),
+    )
     text = read_prompt(prompt, file)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
@@ -110,9 +113,7 @@ def command(
         _tell_cut(answer, options)
 
 
-def _print_stream(
-    session: Session, prompt: str | Sequence[Message], options: GenerationOptions
-) -> Completion:
+def _print_stream(session: Session, prompt: str | Sequence[Message], options: GenerationOptions) -> Completion:
     """Print the answer as it comes. A terminal gets a line end and no control characters, a pipe the text
     itself."""
     from edgetune.runtime.terminal import printable

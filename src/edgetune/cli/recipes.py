@@ -9,8 +9,11 @@ import typer
 
 from edgetune.cli._common import Json, print_json, print_table
 
-app = typer.Typer(help="List, show and copy the shipped recipes; print the recipe's JSON Schema.", rich_markup_mode=None,
-                  no_args_is_help=True)
+app = typer.Typer(
+    help="List, show and copy the shipped recipes; print the recipe's JSON Schema.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
 Name = Annotated[str, typer.Argument(help="A shipped recipe's name, or a recipe file.", show_default=False)]
 
 
@@ -26,9 +29,14 @@ def ls(json: Json = False) -> None:
 
     found = [(path.stem, load(str(path)).recipe) for path in sorted(shipped("recipes").glob("*.yaml"))]
     if json:
-        print_json([{"name": name, "description": recipe.description, "model": recipe.model.id} for name, recipe in found])
+        print_json(
+            [{"name": name, "description": recipe.description, "model": recipe.model.id} for name, recipe in found]
+        )
     else:
-        print_table(("name", "model", "what it shows"), [(name, recipe.model.id, recipe.description) for name, recipe in found])
+        print_table(
+            ("name", "model", "what it shows"),
+            [(name, recipe.model.id, recipe.description) for name, recipe in found],
+        )
 
 
 @app.command("show")
@@ -47,7 +55,7 @@ def show(name: Name) -> None:
 @app.command("cp")
 def cp(
     name: Name,
-    to: Annotated[Path, typer.Argument(help="Folder, or file ending in .yaml.", show_default=False)] = Path("."),
+    to: Annotated[Path, typer.Argument(help="Folder, or file ending in .yaml.", show_default=False)] = Path(),
 ) -> None:
     """Copy a recipe and the data it names, to change them.
 

@@ -10,7 +10,8 @@ from edgetune.cli._common import Json, print_json, print_table
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.", show_default=False),
 ]
 _STAGES = "data, train, merge, export, verify, bench"
 
@@ -18,10 +19,15 @@ _STAGES = "data, train, merge, export, verify, bench"
 def command(
     recipe: Recipe,
     overrides: Overrides = None,
-    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help=f"Redo this stage and those after it ({_STAGES}).")] = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help=f"Redo this stage and those after it ({_STAGES})."),
+    ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo every stage.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, stages, estimates and checks; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show recipe, stages, estimates and checks; write nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a recipe: data, train, merge, export, verify, bench.
@@ -76,4 +82,7 @@ def check_stage(name: str | None) -> str | None:
     from edgetune.errors import InputError
 
     near = difflib.get_close_matches(name, STAGES, 1)
-    raise InputError(f"there is no stage `{name}`", fix=(f"did you mean `{near[0]}`? " if near else "") + f"stages: {', '.join(STAGES)}")
+    raise InputError(
+        f"there is no stage `{name}`",
+        fix=(f"did you mean `{near[0]}`? " if near else "") + f"stages: {', '.join(STAGES)}",
+    )

@@ -11,15 +11,11 @@ from edgetune.cli._common import Json
 
 
 def command(
-    artifact: Annotated[
-        Path, typer.Argument(help="The artifact's folder, such as runs/quickstart/artifact.")
-    ],
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder, such as runs/quickstart/artifact.")],
     host: Annotated[
         str, typer.Option(help="Address to listen on. There is no authentication: keep to loopback.")
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
-    ] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8080,
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients; the artifact's own when not given.")
     ] = None,
@@ -38,21 +34,17 @@ def command(
       edgetune serve runs/quickstart/artifact --name my-model --queue 4 --threads 2
     """
     import json
+    import shlex
 
     from edgetune.progress import say
     from edgetune.serve.server import serve
 
     def ready(url: str, model: str) -> None:
         if as_json:
-            typer.echo(
-                json.dumps({"url": url, "model": model}, ensure_ascii=False)
-            )  # one line: programs wait for it
-        body = json.dumps(
-            {"model": model, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
-        )
+            typer.echo(json.dumps({"url": url, "model": model}, ensure_ascii=False))  # one line: programs wait for it
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False)
         say(f"serving {model} at {url}, Ctrl-C ends it")
-        say(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        say(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
         say(f'  or in Python: openai.OpenAI(base_url="{url}/v1", api_key="none")')
 
     serve(artifact, host=host, port=port, name=name, queue=queue, threads=threads, ready=ready)
-    say("stopped")

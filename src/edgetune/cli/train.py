@@ -13,7 +13,9 @@ from edgetune.cli.run import Overrides, Recipe
 def command(
     recipe: Recipe,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted training.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Train again although nothing changed.")] = False,
     json: Json = False,
 ) -> None:

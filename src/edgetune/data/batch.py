@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.data.problems import RowProblem
-from edgetune.data.render import Encoded, Renderer, TrainOn
+from edgetune.data.render import Encoded, Renderer, TrainOn, cut
 from edgetune.errors import InputError
 from edgetune.progress import task
 
@@ -36,9 +36,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"not a whole file of prepared rows ({error})", where=path, fix=again) from error
 
 
-def encode_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, max_length: int
-) -> list[Encoded]:
+def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, max_length: int) -> list[Encoded]:
     """Encode a prepared file.
 
     Args:
@@ -59,11 +57,6 @@ def encode_file(
                 raise InputError(problem.what, where=row.get("where", path), fix=problem.fix) from problem
             shown.advance()
     return encoded
-
-
-def cut(row: Encoded, limit: int) -> Encoded:
-    """The row's first `limit` tokens."""
-    return row if len(row.ids) <= limit else Encoded(row.ids[:limit], row.learned[:limit], row.notes)
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:

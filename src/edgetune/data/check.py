@@ -56,9 +56,7 @@ def check(section: DataSection, *, seed: int, model: ModelSection | None) -> Che
         from edgetune.models import context_length, load_tokenizer, resolve, stop_ids
 
         path = resolve(model).path
-        tokenizer = load_tokenizer(
-            path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
-        )
+        tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
         context, stops = context_length(path), set(stop_ids(path))
         renderer = Renderer(tokenizer, stops)
     examined = examine(section, seed=seed, renderer=renderer, context=context)
@@ -85,7 +83,4 @@ def _example(examined: Examined, section: DataSection, renderer: Renderer | None
             turn["role"] == "assistant" and (section.train_on == "assistant" or number == len(turns))
         )
         pieces += [(f"{turn['role']}: ", False), (turn["content"], learned), ("\n", False)]
-    return [
-        ("".join(text for text, _ in run), learned)
-        for learned, run in groupby(pieces, key=lambda piece: piece[1])
-    ]
+    return [("".join(text for text, _ in run), learned) for learned, run in groupby(pieces, key=lambda piece: piece[1])]

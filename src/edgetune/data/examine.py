@@ -11,7 +11,7 @@ from typing import Any
 from edgetune.data.forms import find_form, normalize
 from edgetune.data.problems import Problems, RowProblem
 from edgetune.data.read import Row, names, read
-from edgetune.data.render import Renderer
+from edgetune.data.render import Encoded, Renderer, TrainOn, cut
 from edgetune.data.split import overlap, split
 from edgetune.errors import InputError
 from edgetune.files import digest
@@ -110,12 +110,27 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
     return Examined(train, validation, counts, problems, limit)
 
 
+def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int) -> list[Encoded]:
+    """Encode every row of one file, in whichever form it is; what is over `limit` tokens is cut.
+
+    Raises:
+        InputError: all that is wrong with the rows.
+    """
+    counts, problems = Counts(), Problems()
+    section = DataSection(train=str(path), train_on=train_on, too_long="truncate")
+    rows = _side("held-out", [path], {path: path.name}, section, counts, problems)
+    rows = _measured("held-out", rows, section, renderer, limit, counts, problems)
+    problems.raise_any()
+    return [cut(renderer.encode(row.values, train_on), limit) for row in rows]
+
+
 def _limit(section: DataSection, context: int | None) -> int | None:
     if context is not None and section.max_length is not None and section.max_length > context:
         raise InputError(
             f"max_length is {section.max_length:,} tokens, the model's context is {context:,}",
-            where="data.max_length", fix=f"set it to {context} or less, or take another model",
-        )  # fmt: skip
+            where="data.max_length",
+            fix=f"set it to {context} or less, or take another model",
+        )
     return section.max_length or context
 
 
@@ -206,9 +221,7 @@ def _too_long(section: DataSection, tokens: int, learned: int, limit: int) -> No
         )
 
 
-def _held_out(
-    rows: list[Example], share: float, seed: int, problems: Problems
-) -> tuple[list[Example], list[Example]]:
+def _held_out(rows: list[Example], share: float, seed: int, problems: Problems) -> tuple[list[Example], list[Example]]:
     try:
         held_out = split([row.key for row in rows], share, seed)
     except InputError as error:

@@ -107,9 +107,7 @@ def normalize(values: dict[str, Any], form: str, extra: Counter[str]) -> dict[st
             raise RowProblem("the text is empty", "remove the row")
         return {"text": values["text"]}
     if form == "messages":
-        turns = _turns(
-            values["messages"], "messages", "role", "content", {role: role for role in ROLES}, extra
-        )
+        turns = _turns(values["messages"], "messages", "role", "content", {role: role for role in ROLES}, extra)
     elif form == "sharegpt":
         turns = _turns(values["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES, extra)
     elif form == "alpaca":
@@ -138,9 +136,7 @@ def _turns(
             )
         for needed in (role_key, text_key):
             if needed not in item:
-                raise RowProblem(
-                    f"turn {number} has no `{needed}`", f'a turn has "{role_key}" and "{text_key}"'
-                )
+                raise RowProblem(f"turn {number} has no `{needed}`", f'a turn has "{role_key}" and "{text_key}"')
         given, text = item[role_key], item[text_key]
         if not isinstance(given, str) or given not in roles:
             name = quoted(given, 30) if isinstance(given, str) else kind(given)
@@ -149,9 +145,7 @@ def _turns(
             raise RowProblem(
                 f"turn {number}: `{text_key}` is {kind(text)}, not a string", "write the text as one string"
             )
-        extra.update(
-            f"{key}[].{k}" for k, v in item.items() if k not in (role_key, text_key) and v is not None
-        )
+        extra.update(f"{key}[].{k}" for k, v in item.items() if k not in (role_key, text_key) and v is not None)
         turns.append(_turn(roles[given], _unicode(text, f"turn {number}")))
     return turns
 
@@ -179,9 +173,7 @@ def _check_conversation(turns: list[dict[str, str]]) -> None:
             at = "" if len(turns) == 2 else f" (turn {number})"
             raise RowProblem(f"the {name} is empty{at}", "write it, or remove the row")
     if roles[-1] != "assistant":
-        raise RowProblem(
-            f"the last turn is the {roles[-1]}'s and has no answer", "add the answer, or remove the turn"
-        )
+        raise RowProblem(f"the last turn is the {roles[-1]}'s and has no answer", "add the answer, or remove the turn")
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -62,9 +62,7 @@ class Problems:
         if self.count:
             shown = [f"{p.where}: {p.what}\n  fix: {p.fix}" for p in self.items[:_SHOWN]]
             if self.count > _SHOWN:
-                shown.append(
-                    f"and {self.count - _SHOWN:,} more problems; `edgetune data check` shows them all"
-                )
+                shown.append(f"and {self.count - _SHOWN:,} more problems; `edgetune data check` shows them all")
             raise InputError(f"{self.count:,} problems in the data\n" + "\n".join(shown))
 
 

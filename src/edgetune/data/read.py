@@ -41,9 +41,7 @@ def read(path: Path, problems: Problems, name: str | None = None) -> Iterator[Ro
     if path.is_dir():
         problems.add(path, "is a folder, rows are read from a file", f"name the file: {_KINDS}")
     elif not path.exists():
-        problems.add(
-            path, "no such file", "check the path; in a recipe it is relative to the recipe's folder"
-        )
+        problems.add(path, "no such file", "check the path; in a recipe it is relative to the recipe's folder")
     elif reader is None:
         problems.add(path, f"`{path.suffix}` is not a kind of file that is read", f"use {_KINDS}")
     else:
@@ -108,20 +106,14 @@ def _json(path: Path, name: str, problems: Problems) -> Iterator[Row]:
     try:
         value = json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as error:
-        fix = (
-            "correct the file"
-            if error.msg != "Extra data"
-            else "a file with one object a line is named .jsonl"
-        )
+        fix = "correct the file" if error.msg != "Extra data" else "a file with one object a line is named .jsonl"
         problems.add(f"{name}:{error.lineno}", f"broken JSON: {_grammar(error)}", fix)
         return
     except (ValueError, RecursionError) as error:
         problems.add(path, _odd(error), "correct the file")
         return
     if not isinstance(value, list):
-        problems.add(
-            path, f"the file is {kind(value)}, not a list of rows", "a .json file is one [ … ] of objects"
-        )
+        problems.add(path, f"the file is {kind(value)}, not a list of rows", "a .json file is one [ … ] of objects")
         return
     for number, item in enumerate(value, 1):
         where = f"{name}:row {number}"
@@ -150,9 +142,7 @@ def _csv(path: Path, name: str, problems: Problems) -> Iterator[Row]:
     text = _text(path, name, problems)
     if text is None:
         return
-    csv.field_size_limit(
-        2**31 - 1
-    )  # the default refuses long answers; larger does not fit C's long on Windows
+    csv.field_size_limit(2**31 - 1)  # the default refuses long answers; larger does not fit C's long on Windows
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -180,13 +170,9 @@ def _csv(path: Path, name: str, problems: Problems) -> Iterator[Row]:
 def _good_header(header: list[str], where: str, problems: Problems) -> bool:
     twice = [cell for cell in dict.fromkeys(header) if header.count(cell) > 1]
     if twice:
-        problems.add(
-            where, f"the header names {quoted(twice[0])} twice", "give each column a name of its own"
-        )
+        problems.add(where, f"the header names {quoted(twice[0])} twice", "give each column a name of its own")
     elif len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        problems.add(
-            where, "the header has one column, the separator seems not to be a comma", "save it with commas"
-        )
+        problems.add(where, "the header has one column, the separator seems not to be a comma", "save it with commas")
         return False
     return not twice
 

@@ -51,6 +51,11 @@ class Encoded:
     notes: frozenset[str] = frozenset()
 
 
+def cut(row: Encoded, limit: int) -> Encoded:
+    """The row's first `limit` tokens."""
+    return row if len(row.ids) <= limit else Encoded(row.ids[:limit], row.learned[:limit], row.notes)
+
+
 @dataclass(frozen=True)
 class Turn:
     """How the template renders an answer: `before`, the words, `after`.
@@ -123,8 +128,9 @@ class Renderer:
         if not self._tokenizer.chat_template:
             raise InputError(
                 "the model has no chat template",
-                where="model.id", fix=f"take a chat model, or {_OTHER_TEMPLATE}",
-            )  # fmt: skip
+                where="model.id",
+                fix=f"take a chat model, or {_OTHER_TEMPLATE}",
+            )
         question = [{"role": "user", "content": "Hello"}]
         try:
             asked = self._render(question, ask=True)
@@ -135,17 +141,13 @@ class Renderer:
             _bad_template("leaves the answer out")
         if not whole.startswith(asked):
             ask, rest = _difference(asked, whole)
-            _bad_template(
-                f"asks for an answer with {quoted(ask)}, but renders an answer with {quoted(rest)} there"
-            )
+            _bad_template(f"asks for an answer with {quoted(ask)}, but renders an answer with {quoted(rest)} there")
         before, _, tail = whole[len(asked) :].partition(_WORD)
         for token in self._ids(tail):
             if token in self._special:
                 stop = self._special[token]
                 return Turn(before, tail[: tail.index(stop) + len(stop)], stop, token)
-        _bad_template(
-            f"ends an answer with {quoted(tail)}, which is no special token: the model would never stop"
-        )
+        _bad_template(f"ends an answer with {quoted(tail)}, which is no special token: the model would never stop")
 
     def _text(self, text: str) -> Encoded:
         ids = self._tokenizer(text, verbose=False)["input_ids"]
@@ -195,9 +197,7 @@ class Renderer:
                 fix,
             )
         content = messages[index]["content"]
-        for words in dict.fromkeys(
-            (content, content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"))
-        ):
+        for words in dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"))):
             for before in dict.fromkeys((turn.before, "")):
                 if whole.startswith(before + words + turn.after, len(asked)):
                     return len(asked), len(asked) + len(before + words + turn.after)
@@ -307,9 +307,7 @@ def _bad_template(what: str) -> NoReturn:
 
 def _difference(one: str, other: str) -> tuple[str, str]:
     """Both texts from a little before the place where they part."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     at = max(0, at - 8)
     return one[at : at + 40], other[at : at + 40]
 

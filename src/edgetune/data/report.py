@@ -37,9 +37,7 @@ def report(
         "unit": "tokens" if renderer else "characters",
         "form": counts.forms,
         "rows": {"read": counts.rows, **{side: len(part) for side, part in sides.items()}},
-        "tokens": {
-            side: sum(min(row.tokens, limit or row.tokens) for row in part) for side, part in sides.items()
-        },
+        "tokens": {side: sum(min(row.tokens, limit or row.tokens) for row in part) for side, part in sides.items()},
         "learned": {side: sum(row.learned for row in part) for side, part in sides.items()},
         "length": {side: _length([row.tokens for row in part]) for side, part in sides.items() if part},
         "histogram": _histogram([row.tokens for row in rows]),
@@ -102,9 +100,7 @@ def _is_chat(examined: Examined) -> bool:
     return any(form != "text" for form in examined.counts.forms.values())
 
 
-def _warnings(
-    examined: Examined, section: DataSection, renderer: Renderer | None, stop_ids: set[int]
-) -> list[str]:
+def _warnings(examined: Examined, section: DataSection, renderer: Renderer | None, stop_ids: set[int]) -> list[str]:
     counts, found = examined.counts, []
     if renderer is not None and stop_ids and _is_chat(examined) and renderer.turn.stop_id not in stop_ids:
         turn, known = renderer.turn, ", ".join(str(i) for i in sorted(stop_ids))
@@ -115,9 +111,7 @@ def _warnings(
         )
     found += [f"{count:,} rows: {note}; {_ADVICE[note]}" for note, count in counts.notes.items()]
     if counts.overlap:
-        found.append(
-            f"{counts.overlap:,} training rows are also validation rows: they were left out of training"
-        )
+        found.append(f"{counts.overlap:,} training rows are also validation rows: they were left out of training")
     if counts.too_long and section.too_long != "error":
         done = "cut at the end" if section.too_long == "truncate" else "dropped"
         found.append(f"{counts.too_long:,} rows over {examined.limit:,} tokens were {done}")

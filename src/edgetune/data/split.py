@@ -27,13 +27,12 @@ def split(keys: Sequence[Hashable], share: float, seed: int) -> list[bool]:
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     if len(groups) < 2:
-        count = (
-            "one row" if len(keys) == 1 else f"{len(keys):,} rows that are all the same" if keys else "no row"
-        )
+        count = "one row" if len(keys) == 1 else f"{len(keys):,} rows that are all the same" if keys else "no row"
         raise InputError(
             f"there is {count}: too little to take validation rows from",
-            where="data.validation", fix="add rows, or name a validation file",
-        )  # fmt: skip
+            where="data.validation",
+            fix="add rows, or name a validation file",
+        )
     wanted = min(max(1, round(share * len(keys))), len(keys) - 1)
     drawn = list(groups.values())
     random.Random(seed).shuffle(drawn)

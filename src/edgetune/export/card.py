@@ -22,24 +22,46 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
         reports: the stages' reports that exist: `train`, `export`, `verify`, `bench`.
     """
     license_name = base.get("license")
-    front = ["---", "library_name: onnxruntime-genai", "pipeline_tag: text-generation", "tags: [onnx, edgetune]"]
+    front = [
+        "---",
+        "library_name: onnxruntime-genai",
+        "pipeline_tag: text-generation",
+        "tags: [onnx, edgetune]",
+    ]
     if base.get("source") in ("hub", "package"):
         front.append(f"base_model: {base.get('upstream') or base['id']}")
     if license_name:
         front.append(f"license: {license_name.lower()}")
     lines = [*front, "---", "", f"# {name}", ""]
-    lines += [f"`{base['id']}`" + (f" at `{base['revision']}`" if base.get("revision") else "")
-              + f", fine-tuned and exported by edgetune. {target.description}", ""]
-    lines += ["```", "pip install edgetune", "edgetune chat PATH/TO/THIS/FOLDER", "```", "",
-              "It loads unchanged in `onnxruntime-genai`, too.", ""]
+    lines += [
+        f"`{base['id']}`"
+        + (f" at `{base['revision']}`" if base.get("revision") else "")
+        + f", fine-tuned and exported by edgetune. {target.description}",
+        "",
+    ]
+    lines += [
+        "```",
+        "pip install edgetune",
+        "edgetune chat PATH/TO/THIS/FOLDER",
+        "```",
+        "",
+        "It loads unchanged in `onnxruntime-genai`, too.",
+        "",
+    ]
     lines += ["## What was measured", "", *_numbers(reports), ""]
     lines += ["## What it needs", "", target.needs, ""]
     if export := reports.get("export"):
-        lines += [f"Context: {export['max_length']} tokens, prompt and answer together (the model's own limit is "
-                  f"{export['model_context']}). Memory for the KV cache grows with it.", ""]
-    lines += ["## Where it comes from", "",
-              "`manifest.json` has the SHA-256 of each file and the chain back to the base model and the data. "
-              "Licence: " + (f"{license_name}, as the base model's." if license_name else "that of the base model.")]
+        lines += [
+            f"Context: {export['max_length']} tokens, prompt and answer together (the model's own limit is "
+            f"{export['model_context']}). Memory for the KV cache grows with it.",
+            "",
+        ]
+    lines += [
+        "## Where it comes from",
+        "",
+        "`manifest.json` has the SHA-256 of each file and the chain back to the base model and the data. "
+        "Licence: " + (f"{license_name}, as the base model's." if license_name else "that of the base model."),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -50,16 +72,30 @@ def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
         rows.append(("validation loss, before → after training", f"{before['loss']:.3f} → {after['loss']:.3f}"))
     if verify := reports.get("verify"):
         rows += [
-            ("KL divergence from the merged model, mean / p99", f"{verify['kld_mean']:.4f} / {verify['kld_p99']:.4f} nats"),
+            (
+                "KL divergence from the merged model, mean / p99",
+                f"{verify['kld_mean']:.4f} / {verify['kld_p99']:.4f} nats",
+            ),
             ("best token agrees", f"{verify['top1_agreement']:.1%} of {verify['tokens']} positions"),
-            ("perplexity, merged → artifact", f"{verify['perplexity']['merged']:.3f} → {verify['perplexity']['artifact']:.3f}"),
+            (
+                "perplexity, merged → artifact",
+                f"{verify['perplexity']['merged']:.3f} → {verify['perplexity']['artifact']:.3f}",
+            ),
             ("gate", "passed" if verify["passed"] else "NOT PASSED: " + "; ".join(verify["failures"])),
         ]
     if bench := reports.get("bench"):
         machine = bench.get("hardware", {}).get("cpu", {})
         rows += [
-            ("measured on", f"{machine.get('model', 'a CPU')}, {bench.get('threads', '?')} threads" if isinstance(machine, dict) else str(machine)),
-            (f"time to first token, {bench['prompt_tokens']} prompt tokens", f"{bench['ttft_ms']['p50']:.0f} ms"),
+            (
+                "measured on",
+                f"{machine.get('model', 'a CPU')}, {bench.get('threads', '?')} threads"
+                if isinstance(machine, dict)
+                else str(machine),
+            ),
+            (
+                f"time to first token, {bench['prompt_tokens']} prompt tokens",
+                f"{bench['ttft_ms']['p50']:.0f} ms",
+            ),
             ("prefill", f"{bench['prefill_tokens_per_s']['p50']:.0f} tokens/s"),
             ("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"),
             ("peak memory of the process", f"{bench['peak_rss_mb']:.0f} MB"),
@@ -83,5 +119,8 @@ def rewrite_card(artifact: Path, text: str) -> None:
                     shutil.copy2(file, staged / file.name)
         write_text(staged / "README.md", text)
         manifest = read_json(artifact / MANIFEST)
-        manifest["outputs"]["README.md"] = {"sha256": sha256_file(staged / "README.md"), "bytes": len(text.encode())}
+        manifest["outputs"]["README.md"] = {
+            "sha256": sha256_file(staged / "README.md"),
+            "bytes": len(text.encode()),
+        }
         write_json(staged / MANIFEST, manifest)

@@ -19,13 +19,21 @@ FORMAT = "edgetune/golden/1"
 # Conversations without a user's data: ordinary words, a system turn, several turns, and text that is hard to tokenize.
 CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "system", "content": "You answer in one short sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
+    [
+        {"role": "system", "content": "You answer in one short sentence."},
+        {"role": "user", "content": "Why is the sky blue?"},
+    ],
     [
         {"role": "user", "content": "Name a color."},
         {"role": "assistant", "content": "Blue."},
         {"role": "user", "content": "Another one, please."},
     ],
-    [{"role": "user", "content": "  Two  spaces,\ttabs,\n\nlines: naïve café, Straße, 東京, Привет, 👋🏽, 3.14159, x_i += 1;"}],
+    [
+        {
+            "role": "user",
+            "content": "  Two  spaces,\ttabs,\n\nlines: naïve café, Straße, 東京, Привет, 👋🏽, 3.14159, x_i += 1;",
+        }
+    ],
 ]
 
 
@@ -71,7 +79,9 @@ def _golden(tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, Any] | 
 def _prompt_template(tokenizer: Any) -> dict[str, str]:
     """The template in the words of local catalogs: text around `{Content}`."""
     mark = "{Content}"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+    )
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}], tokenize=False
     )

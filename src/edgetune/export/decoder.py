@@ -21,7 +21,9 @@ from edgetune.models import context_length, stop_ids
 _BYTES_A_WEIGHT = {"fp32": 4.0, "int8": 1.2, "int4": 0.7}
 
 
-def export_decoder(merged: Path, target: Target, max_length: int, *, artifact: Path, report: Path, name: str) -> dict[str, Any]:
+def export_decoder(
+    merged: Path, target: Target, max_length: int, *, artifact: Path, report: Path, name: str
+) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
 
     Args:
@@ -41,7 +43,9 @@ def export_decoder(merged: Path, target: Target, max_length: int, *, artifact: P
     """
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     bytes_in = _bytes_a_parameter(merged)
-    require_space(artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export")
+    require_space(
+        artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export"
+    )
     started = time.monotonic()
     peak = _build(merged, target, artifact, report / "builder.log")
     limit = min(max_length, context_length(merged))
@@ -75,15 +79,26 @@ def _bytes_a_parameter(merged: Path) -> float:
 
 def _build(merged: Path, target: Target, artifact: Path, log: Path) -> float:
     layers = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 1)
-    total = layers if target.precision == "fp32" else 6 * layers + 1  # the builder quantizes about five matrices a layer
-    with tempfile.TemporaryDirectory(prefix="edgetune-builder-") as cache, progress.task("export", total) as bar:
+    total = (
+        layers if target.precision == "fp32" else 6 * layers + 1
+    )  # the builder quantizes about five matrices a layer
+    with (
+        tempfile.TemporaryDirectory(prefix="edgetune-builder-") as cache,
+        progress.task("export", total) as bar,
+    ):
         job = {
-            "model": str(merged.absolute()), "out": str(artifact.absolute()), "precision": target.precision,
-            "provider": target.provider, "cache": cache, "options": target.options,
+            "model": str(merged.absolute()),
+            "out": str(artifact.absolute()),
+            "precision": target.precision,
+            "provider": target.provider,
+            "cache": cache,
+            "options": target.options,
         }
         with log.open("wb") as out:
             child = subprocess.Popen(
-                [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)], stdout=out, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
             done = 0
@@ -117,17 +132,38 @@ def _explain(code: int, log: str, target: Target) -> EdgetuneError:
     lines = [line for line in log.replace("\r", "\n").splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
     if "No space left on device" in log:
-        return InputError("the disk filled up while exporting; nothing was left half-written", fix="free some space and run it again")
+        return InputError(
+            "the disk filled up while exporting; nothing was left half-written",
+            fix="free some space and run it again",
+        )
     if "is not currently supported" in last or "NotImplementedError" in last:
-        return InputError(f"the model builder cannot export this model: {last}", where="export", fix="choose a model of a supported architecture")
+        return InputError(
+            f"the model builder cannot export this model: {last}",
+            where="export",
+            fix="choose a model of a supported architecture",
+        )
     if code in (-9, 137):
-        return EdgetuneError("the model builder was killed, most likely for want of memory", where="export",
-                             fix="close other programs, or use a machine with more memory")
-    return EdgetuneError(f"the model builder failed (exit {code}): {last}\n  its last lines:\n    " + "\n    ".join(lines[-12:]),
-                         where=f"export, {target.precision}", fix="check the target's options")
+        return EdgetuneError(
+            "the model builder was killed, most likely for want of memory",
+            where="export",
+            fix="close other programs, or use a machine with more memory",
+        )
+    return EdgetuneError(
+        f"the model builder failed (exit {code}): {last}\n  its last lines:\n    " + "\n    ".join(lines[-12:]),
+        where=f"export, {target.precision}",
+        fix="check the target's options",
+    )
 
 
 def _check_files(artifact: Path) -> None:
-    missing = [name for name in ("genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json") if not (artifact / name).is_file()]
+    missing = [
+        name
+        for name in ("genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json")
+        if not (artifact / name).is_file()
+    ]
     if missing:
-        raise EdgetuneError(f"the export lacks {', '.join(missing)}", where=artifact, fix="the model needs a fast tokenizer (tokenizer.json)")
+        raise EdgetuneError(
+            f"the export lacks {', '.join(missing)}",
+            where=artifact,
+            fix="the model needs a fast tokenizer (tokenizer.json)",
+        )

@@ -14,7 +14,15 @@ from edgetune.run import Work, seal
 
 
 def export(
-    merged: Path, target: Target, max_length: int, *, name: str, chain: dict[str, Any], work: Work, artifact: Path, report: Path
+    merged: Path,
+    target: Target,
+    max_length: int,
+    *,
+    name: str,
+    chain: dict[str, Any],
+    work: Work,
+    artifact: Path,
+    report: Path,
 ) -> dict[str, Any]:
     """Write a whole artifact and load it once.
 

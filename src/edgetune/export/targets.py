@@ -40,8 +40,10 @@ def load_target(name: str) -> Target:
     if not path.is_file():
         near = difflib.get_close_matches(name, names(), 1, 0.4)
         raise InputError(
-            f"there is no target `{name}`", where="export.target",
-            fix=(f"did you mean `{near[0]}`? " if near else "") + f"targets: {', '.join(names())}, or a YAML file of your own",
+            f"there is no target `{name}`",
+            where="export.target",
+            fix=(f"did you mean `{near[0]}`? " if near else "")
+            + f"targets: {', '.join(names())}, or a YAML file of your own",
         )
     try:
         return Target.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

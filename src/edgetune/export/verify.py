@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
-from edgetune.data.batch import Encoded
+from edgetune.data.batch import Encoded, cut
 from edgetune.errors import InputError
 from edgetune.files import write_json
-from edgetune.models import load_model
+from edgetune.models import load_model, load_tokenizer, stop_ids
+from edgetune.models.quiet import quiet
 from edgetune.recipe import Limits, VerifySection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 
@@ -48,24 +49,26 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
         InputError: the two do not have the same vocabulary, or no row has a token that carries loss.
     """
     import torch
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
     reset_peak()
     started = time.monotonic()
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     golden = json.loads((artifact / "golden.json").read_text(encoding="utf-8"))["prompts"]
     limit = config["search"]["max_length"]
-    used = [row for row in (_cut(row, limit) for row in rows[: section.rows]) if any(row.learned[1:])]
+    used = [row for row in (cut(row, limit) for row in rows[: section.rows]) if any(row.learned[1:])]
     if not used:
-        raise InputError("no held-out row has a token that carries loss", fix="give other rows (`--data`), or raise export.max_length")
-    with progress.task("verify", len(used) + len(golden)) as bar:
+        raise InputError(
+            "no held-out row has a token that carries loss",
+            fix="give other rows (`--data`), or raise export.max_length",
+        )
+    with progress.task("verify", len(used) + len(golden)) as bar, quiet():
         model = load_model(merged, dtype=torch.float32)
         model.eval()
         graph = Graph(artifact, config)
         if model.config.get_text_config().vocab_size != graph.vocabulary:
             raise InputError(
-                f"the artifact has {graph.vocabulary} tokens, the model {model.config.get_text_config().vocab_size}", where=artifact,
+                f"the artifact has {graph.vocabulary} tokens, the model {model.config.get_text_config().vocab_size}",
+                where=artifact,
                 fix="compare an artifact with the model that it was exported from (`--against`)",
             )
         scores = _Scores()
@@ -79,6 +82,7 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
     result = {
         **scores.summary(),
         "rows": len(used),
+        "precision": _precision(artifact),
         "golden": texts,
         "limits": section.limits.model_dump(),
         "seconds": round(time.monotonic() - started, 1),
@@ -88,6 +92,11 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
     return result
+
+
+def _precision(artifact: Path) -> str:
+    manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+    return str(manifest.get("options", {}).get("target", {}).get("precision", "unknown"))
 
 
 def failures(report: dict[str, Any], limits: Limits) -> list[str]:
@@ -114,9 +123,14 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
-            str(artifact / config["model"]["decoder"]["filename"]), options, providers=["CPUExecutionProvider"]
+            str(artifact / config["model"]["decoder"]["filename"]),
+            options,
+            providers=["CPUExecutionProvider"],
         )
-        self._heads, self._head_size = config["model"]["decoder"]["num_key_value_heads"], config["model"]["decoder"]["head_size"]
+        self._heads, self._head_size = (
+            config["model"]["decoder"]["num_key_value_heads"],
+            config["model"]["decoder"]["head_size"],
+        )
         self._inputs = {found.name for found in self._session.get_inputs()}
         self._past = sorted(name for name in self._inputs if name.startswith("past_key_values."))
         self.vocabulary = int(config["model"]["vocab_size"])
@@ -134,16 +148,17 @@ class Graph:
         empty = np.zeros((1, self._heads, 0, self._head_size), np.float32)
         cache = dict(zip(self._past, past or [empty] * len(self._past), strict=True))
         before = next(iter(cache.values())).shape[2]
-        feed: dict[str, Any] = {"input_ids": np.array([ids], np.int64),
-                                "attention_mask": np.ones((1, before + len(ids)), np.int64), **cache}
+        feed: dict[str, Any] = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, before + len(ids)), np.int64),
+            **cache,
+        }
         if "position_ids" in self._inputs:
             feed["position_ids"] = np.arange(before, before + len(ids), dtype=np.int64)[None]
-        logits, *present = self._session.run(["logits", *(name.replace("past_key_values", "present") for name in self._past)], feed)
+        logits, *present = self._session.run(
+            ["logits", *(name.replace("past_key_values", "present") for name in self._past)], feed
+        )
         return logits, present
-
-
-def _cut(row: Encoded, limit: int) -> Encoded:
-    return Encoded(ids=row.ids[:limit], learned=row.learned[:limit])
 
 
 def _merged_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
@@ -183,10 +198,15 @@ class _Scores:
         import numpy as np
 
         count = len(self._kld)
-        merged, artifact = (math.exp(min(loss / count, 700.0)) if math.isfinite(loss) else math.inf for loss in self._loss)
+        merged, artifact = (
+            math.exp(min(loss / count, 700.0)) if math.isfinite(loss) else math.inf for loss in self._loss
+        )
         finite = math.isfinite(artifact) and all(map(math.isfinite, self._kld))
         if not finite:
-            raise InputError("the artifact's logits are not finite numbers", fix="export it again with another target, such as cpu-int8")
+            raise InputError(
+                "the artifact's logits are not finite numbers",
+                fix="export it again with another target, such as cpu-int8",
+            )
         return {
             "kld_mean": self.mean(),
             "kld_median": float(np.median(self._kld)),
@@ -201,8 +221,6 @@ class _Scores:
 def _greedy(model: Any, graph: Graph, prompt: dict[str, Any], tokens: int, merged: Path) -> dict[str, Any]:
     """Greedy answers of both models to a golden prompt, and where they part."""
     import torch
-
-    from edgetune.models import load_tokenizer, stop_ids
 
     stops = set(stop_ids(merged))
     wanted: list[int] = []

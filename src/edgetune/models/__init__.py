@@ -18,7 +18,16 @@ from edgetune.models.load import context_length, load_model, load_tokenizer, sto
 if TYPE_CHECKING:
     from edgetune.recipe import ModelSection
 
-__all__ = ["Base", "check_folder", "context_length", "load_model", "load_tokenizer", "resolve", "stop_ids"]
+__all__ = [
+    "Base",
+    "check_folder",
+    "context_length",
+    "load_model",
+    "load_tokenizer",
+    "local",
+    "resolve",
+    "stop_ids",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -41,9 +50,7 @@ def resolve(section: ModelSection) -> Base:
         _HUB_ID.fullmatch(id)
     )
     if section.revision and not is_hub:
-        raise InputError(
-            "`revision` is for hub ids only", where="model.revision", fix=f"remove it; {id} is no hub id"
-        )
+        raise InputError("`revision` is for hub ids only", where="model.revision", fix=f"remove it; {id} is no hub id")
     if is_hub:
         need("huggingface_hub")
         return hub.from_hub(id, section.revision, trust_remote_code=trusted)
@@ -52,6 +59,24 @@ def resolve(section: ModelSection) -> Base:
     if path.suffix.lower() == ".gguf":
         return gguf.from_file(path.absolute())
     return _from_folder(path.absolute(), trusted)
+
+
+def local(section: ModelSection) -> Base | None:
+    """The base model if it is on this machine already, else None; nothing is fetched or converted.
+
+    Raises:
+        InputError: it is here, but broken.
+    """
+    from edgetune.models import gguf, hub, packaged
+
+    path = Path(section.id.strip()).expanduser()
+    if section.id.startswith(packaged.PREFIX):
+        return packaged.kept(section.id)
+    if path.suffix.lower() == ".gguf":
+        return gguf.kept(path.absolute())
+    if path.exists():
+        return resolve(section)
+    return hub.kept(section.id, section.revision, trust_remote_code=section.trust_remote_code)
 
 
 def _from_folder(folder: Path, trusted: bool) -> Base:

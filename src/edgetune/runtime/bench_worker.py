@@ -130,9 +130,7 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
     }
 
 
-def distinct_prompts(
-    encode: Callable[[str], Any], tokens: int, warmup: int, repetitions: int
-) -> list[list[int]]:
+def distinct_prompts(encode: Callable[[str], Any], tokens: int, warmup: int, repetitions: int) -> list[list[int]]:
     """Prompts of exactly `tokens` ids, warm-up rounds first, no two alike, the same at every call.
 
     They are drawn words, cut to length. How many warm-ups there are does not change the prompts that count.
@@ -187,9 +185,7 @@ def _round(og: Any, model: Any, params: Any, ids: list[int], new: int) -> dict[s
         stamps.append(time.perf_counter())
     tokens = [int(token) for token in generator.get_sequence(0)][len(ids) :]
     if len(tokens) != new:
-        raise EdgetuneError(
-            f"the runtime gave {len(tokens)} tokens where {new} were asked for", where="bench"
-        )
+        raise EdgetuneError(f"the runtime gave {len(tokens)} tokens where {new} were asked for", where="bench")
     return {
         "ttft_ms": round((stamps[0] - start) * 1e3, 3),
         "itl_ms": [round((b - a) * 1e3, 3) for a, b in pairwise(stamps)],

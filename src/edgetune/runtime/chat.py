@@ -44,9 +44,7 @@ def run(session: Session, conversation: Conversation, options: GenerationOptions
     chat = Chat(session, conversation, options, interactive)
     if interactive:
         what = session.artifact
-        chat.notice(
-            f"{printable(what.name)}, {what.size_mb:,.0f} MB, context {what.max_length:,} tokens; /help"
-        )
+        chat.notice(f"{printable(what.name)}, {what.size_mb:,.0f} MB, context {what.max_length:,} tokens; /help")
     for turn in typed_turns(_COMMANDS, chat.notice) if interactive else piped_turns(sys.stdin.buffer):
         try:
             if not chat.take(turn):
@@ -132,7 +130,7 @@ class Chat:
         context = f"context: {used:,} of {limit:,} tokens used ({used / limit:.0%})"
         if self._last is None:
             return f"no answer yet; {context}"
-        return f"{self._last.describe()}\n{context}, {len(self._conversation.turns) // 2} turns"
+        return f"{self._last.describe()}\n{context}"
 
     def _tokens(self, messages: list[Message]) -> int:
         return len(self._session.encode(self._session.render(messages))) if messages else 0
@@ -144,9 +142,7 @@ class Chat:
         if used >= limit:
             raise InputError(
                 f"the conversation has {used:,} tokens with this turn; the context holds {limit:,}",
-                fix="/reset starts a new one (/save FILE keeps this one first)"
-                if turns
-                else "say it in fewer words",
+                fix="/reset starts a new one (/save FILE keeps this one first)" if turns else "say it in fewer words",
             )
         answer = self._print_answer([*self._conversation.messages, turn])
         self._last = answer
@@ -165,9 +161,7 @@ class Chat:
         elif used >= limit:
             self.notice(f"the answer was cut: the context of {limit:,} tokens is full; /reset starts anew")
         elif answer.finish_reason == "length":
-            self.notice(
-                f"the answer was cut after {answer.completion_tokens:,} tokens; --max-tokens allows more"
-            )
+            self.notice(f"the answer was cut after {answer.completion_tokens:,} tokens; --max-tokens allows more")
         elif used > _NEARLY_FULL * limit:
             self.notice(f"the context is nearly full: {used:,} of {limit:,} tokens; /reset starts anew")
 
@@ -187,7 +181,7 @@ class Chat:
                     waiting = False
                 print(text, end="", flush=True)
                 answer = piece.completion
-        print(flush=True)
+        print("\n" if self._interactive else "", flush=True)
         assert answer is not None
         return answer
 

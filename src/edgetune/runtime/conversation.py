@@ -102,15 +102,9 @@ def _rows(path: Path) -> list[str]:
         except json.JSONDecodeError:
             whole = False
         if not whole:
-            raise InputError(
-                "is not a JSON object, so this is no JSON Lines file", where=f"{path}:{number}", fix=_FIX
-            )
+            raise InputError("is not a JSON object, so this is no JSON Lines file", where=f"{path}:{number}", fix=_FIX)
     return rows
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
-    )
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

@@ -21,29 +21,69 @@ from typing import Any
 # Instruction sets that decide how fast quantized or half-precision models run.
 # Where two names stand, the system's own comes first.
 _X86 = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
-    "amx_tile", "amx_int8", "amx_bf16",
-)  # fmt: skip
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+)
 _ARM = {
-    "neon": "neon", "asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16",
-    "sve": "sve", "sve2": "sve2", "sme": "sme",
-}  # fmt: skip
+    "neon": "neon",
+    "asimd": "neon",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+    "sme": "sme",
+}
 _MACOS = {
-    "AdvSIMD": "neon", "FEAT_FP16": "fp16", "FEAT_DotProd": "dotprod", "FEAT_I8MM": "i8mm",
-    "FEAT_BF16": "bf16", "FEAT_SME": "sme", "avx2_0": "avx2", "avx512f": "avx512f",
-}  # fmt: skip
+    "AdvSIMD": "neon",
+    "FEAT_FP16": "fp16",
+    "FEAT_DotProd": "dotprod",
+    "FEAT_I8MM": "i8mm",
+    "FEAT_BF16": "bf16",
+    "FEAT_SME": "sme",
+    "avx2_0": "avx2",
+    "avx512f": "avx512f",
+}
 _WINDOWS = {
-    40: "avx2", 41: "avx512f", 19: "neon", 43: "dotprod", 46: "sve", 47: "sve2", 66: "i8mm", 68: "bf16",
-}  # fmt: skip
+    40: "avx2",
+    41: "avx512f",
+    19: "neon",
+    43: "dotprod",
+    46: "sve",
+    47: "sve2",
+    66: "i8mm",
+    68: "bf16",
+}
 _ARM_VENDORS = {
-    "0x41": "ARM", "0x42": "Broadcom", "0x4e": "NVIDIA", "0x51": "Qualcomm", "0x61": "Apple",
+    "0x41": "ARM",
+    "0x42": "Broadcom",
+    "0x4e": "NVIDIA",
+    "0x51": "Qualcomm",
+    "0x61": "Apple",
     "0xc0": "Ampere",
-}  # fmt: skip
+}
 
 _PACKAGES = (
-    "edgetune", "onnxruntime", "onnxruntime-genai", "numpy", "torch", "transformers", "peft", "onnx",
+    "edgetune",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
     "onnx-ir",
-)  # fmt: skip
+)
 
 
 def hardware() -> dict[str, Any]:
@@ -118,9 +158,7 @@ def bandwidth_gb_s() -> float:
 
     size = min(max(4 * _cache_bytes(), 64 << 20), 512 << 20, max(_memory()[1] // 4, 1 << 20))
     cores = max(1, int(_usable_cores(os.cpu_count() or 1)))
-    slices = np.array_split(
-        np.ones(size // 8, dtype=np.int64), cores
-    )  # ones: pages of zeros may all be one page
+    slices = np.array_split(np.ones(size // 8, dtype=np.int64), cores)  # ones: pages of zeros may all be one page
     seconds: list[float] = []
     end = time.perf_counter() + 0.4
     with ThreadPoolExecutor(cores) as pool:
@@ -232,16 +270,10 @@ def _memory() -> tuple[int, int]:
 
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
-    limits = [
-        int(value) for value in _cgroup("memory.max", "memory", "memory.limit_in_bytes") if value.isdigit()
-    ]
+    limits = [int(value) for value in _cgroup("memory.max", "memory", "memory.limit_in_bytes") if value.isdigit()]
     if limits and min(limits) < total:
         total = min(limits)
-        used = [
-            int(value)
-            for value in _cgroup("memory.current", "memory", "memory.usage_in_bytes")
-            if value.isdigit()
-        ]
+        used = [int(value) for value in _cgroup("memory.current", "memory", "memory.usage_in_bytes") if value.isdigit()]
         cached = re.search(
             r"^inactive_file (\d+)$", next(_cgroup("memory.stat", "memory", "memory.stat"), ""), re.MULTILINE
         )

@@ -28,9 +28,7 @@ def peak_rss_mb() -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (
-        peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-    )  # bytes on macOS, KiB on the other Unixes
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on the other Unixes
 
 
 def reset_peak() -> None:

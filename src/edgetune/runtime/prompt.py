@@ -43,9 +43,7 @@ def _text(data: bytes, where: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"is not UTF-8 text (byte {error.start})", where=where, fix="give text in UTF-8"
-        ) from error
+        raise InputError(f"is not UTF-8 text (byte {error.start})", where=where, fix="give text in UTF-8") from error
     if "\0" in text:
         raise InputError("is not text: it holds NUL characters", where=where, fix="give text in UTF-8")
     return text.removesuffix("\n").removesuffix("\r")

@@ -23,6 +23,7 @@ _PREFILL = 64
 _WAIT_S = 0.05  # how often a generation that waits for its turn looks at its cancel event
 # JSON as json.dumps writes it. Without this, small models put in white space until the tokens run out.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_GUIDED_FIX = "leave emoji and other characters of several tokens out of the JSON Schema's const, enum and pattern"
 _NO_GRAMMAR = '{"type": "edgetune"}'  # no JSON Schema: a build that knows guidance refuses it
 
 
@@ -164,9 +165,11 @@ class Session:
         return "".join(stream.decode(int(token)) for token in ids)
 
     def stream(
-        self, prompt: str | Sequence[Message], options: GenerationOptions | None = None,
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Piece]:  # fmt: skip
+    ) -> Iterator[Piece]:
         """Generate an answer, a piece a token.
 
         The prompt is checked at once; the work begins with the first piece. A generation that another one is
@@ -197,9 +200,11 @@ class Session:
         return self._stream(ids, min(options.max_tokens or DEFAULT_MAX_TOKENS, room), options, cancel)
 
     def generate(
-        self, prompt: str | Sequence[Message], options: GenerationOptions | None = None,
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-    ) -> Completion:  # fmt: skip
+    ) -> Completion:
         """The whole answer; arguments and errors are those of `stream`."""
         found = None
         for piece in self.stream(prompt, options, cancel):
@@ -235,7 +240,7 @@ class Session:
                 reason = "cancelled"
                 break
             before = time.perf_counter()
-            with _native("the generation failed", self.artifact):
+            with _native("the generation failed", self.artifact, _GUIDED_FIX if options.json_schema else None):
                 generator.generate_next_token()
                 token = int(generator.get_next_tokens()[0])
                 ended = generator.is_done()
@@ -252,6 +257,8 @@ class Session:
                 reason = "length" if len(made) >= limit else "stop"
             yield Piece(text[-1], (token,))
         text.append(stops.rest())
+        if options.json_schema is not None and reason == "stop" and not stops.found:
+            self._check_json("".join(text))
         speed = (len(made) - 1) / decode_s if decode_s > 0 else None
         answer = Completion("".join(text), tuple(made), reason, len(ids), len(made), ttft, speed)
         yield Piece(text[-1], (), answer)
@@ -304,6 +311,17 @@ class Session:
                 fix="check it; not every JSON Schema keyword is supported",
             ) from error
 
+    def _check_json(self, text: str) -> None:
+        """The grammar does not see inside characters of several tokens; a broken one may swallow a quote."""
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            raise EdgetuneError(
+                f"the model wrote a broken character, so its JSON is not whole ({error})",
+                where=self.artifact.path,
+                fix="ask again, with a lower temperature or another seed",
+            ) from error
+
     def _open(self) -> Any:
         if self._tokenizer is None:
             raise EdgetuneError("the session is closed")
@@ -317,8 +335,9 @@ class Session:
         if set(golden["stop_ids"]) != set(self.artifact.stop_ids):
             raise EdgetuneError(
                 f"stop tokens are {list(self.artifact.stop_ids)}, not {golden['stop_ids']} as in training",
-                where=where, fix=fix,
-            )  # fmt: skip
+                where=where,
+                fix=fix,
+            )
         for number, prompt in enumerate(golden["prompts"], 1):
             text = self.render(prompt["messages"])
             ids = self.encode(text)
@@ -333,12 +352,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def _native(what: str, artifact: Artifact) -> Iterator[None]:
+def _native(what: str, artifact: Artifact, fix: str | None = None) -> Iterator[None]:
     """The runtime's errors, which are all RuntimeError, as ours."""
     try:
         yield
     except RuntimeError as error:
-        raise EdgetuneError(f"{what}: {_first_line(error)}", where=artifact.path) from error
+        raise EdgetuneError(f"{what}: {_first_line(error)}", where=artifact.path, fix=fix) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -352,9 +371,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text is not Unicode ({error.reason} at {error.start})", fix="give UTF-8 text"
-        ) from error
+        raise InputError(f"the text is not Unicode ({error.reason} at {error.start})", fix="give UTF-8 text") from error
 
 
 def _difference(found: Sequence[Any], wanted: Sequence[Any]) -> str:

@@ -103,9 +103,11 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
 def _check_model(asked: str, name: str) -> None:
     if asked != name:
         raise ApiError(
-            404, f"The model {asked!r} does not exist here; this service has {name!r}.",
-            param="model", code="model_not_found",
-        )  # fmt: skip
+            404,
+            f"The model {asked!r} does not exist here; this service has {name!r}.",
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def _read_body(request: Request) -> bytes:
@@ -131,9 +133,11 @@ def _submit(worker: Worker, asked: ChatRequest) -> Answer:
         return worker.submit(messages, options)
     except QueueFull as full:
         raise ApiError(
-            429, f"The queue is full; try again in {full.retry_after} s.", code="queue_full",
+            429,
+            f"The queue is full; try again in {full.retry_after} s.",
+            code="queue_full",
             headers={"Retry-After": str(full.retry_after)},
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextlib.asynccontextmanager
@@ -159,9 +163,7 @@ async def _whole(request: Request, answer: Answer, name: str) -> Response:
     async with _given_up_on_disconnect(request, answer):
         text = "".join([piece async for piece in answer])
     done = answer.result()
-    return JSONResponse(
-        Reply(name).whole(text, done.finish_reason, usage(done.prompt_tokens, done.completion_tokens))
-    )
+    return JSONResponse(Reply(name).whole(text, done.finish_reason, usage(done.prompt_tokens, done.completion_tokens)))
 
 
 async def _streamed(request: Request, answer: Answer, asked: ChatRequest, name: str) -> Response:

@@ -21,17 +21,36 @@ MAX_STOPS = 4
 
 # Parameters that do not change the answer: any value is fine.
 _HARMLESS = {
-    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user",
-}  # fmt: skip
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
 # Parameters that this service does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
-    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "moderation": (), "n": (1,),
-    "parallel_tool_calls": (True, False), "prediction": (), "presence_penalty": (0,),
-    "reasoning_effort": ("none",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,),
-    "verbosity": (), "web_search_options": (),
-}  # fmt: skip
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
 # Further keys of a message may hold only these: clients send earlier answers back with such fields.
 _MESSAGE_EMPTY: tuple[Any, ...] = (None, [], {}, "")
 
@@ -47,9 +66,14 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
@@ -100,9 +124,7 @@ class ChatRequest(_Part):
         for key, value in (request.model_extra or {}).items():
             _check_extra(key, value)
         if request.stream_options and not request.stream:
-            raise ApiError(
-                400, "stream_options needs stream=true.", param="stream_options", code="invalid_value"
-            )
+            raise ApiError(400, "stream_options needs stream=true.", param="stream_options", code="invalid_value")
         return request
 
     def conversation(self) -> list[Message]:
@@ -114,9 +136,11 @@ class ChatRequest(_Part):
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         if limit == "max_completion_tokens" and self.max_tokens not in (None, self.max_completion_tokens):
             raise ApiError(
-                400, "max_tokens and max_completion_tokens differ; send one of them.",
-                param="max_tokens", code="invalid_value",
-            )  # fmt: skip
+                400,
+                "max_tokens and max_completion_tokens differ; send one of them.",
+                param="max_tokens",
+                code="invalid_value",
+            )
         given: dict[str, Any] = {
             "max_tokens": getattr(self, limit),
             "temperature": self.temperature,
@@ -157,24 +181,26 @@ def _check_extra(key: str, value: Any) -> None:
             param=key,
             code="unsupported_parameter",
         )
-    raise ApiError(
-        400, f"{key} is not a parameter of this service; leave it out.", param=key, code="unknown_parameter"
-    )
+    raise ApiError(400, f"{key} is not a parameter of this service; leave it out.", param=key, code="unknown_parameter")
 
 
 def _message(message: dict[str, Any], where: str) -> Message:
     role = message.get("role")
     if role not in ("system", "developer", "user", "assistant"):
         raise ApiError(
-            400, f"{where}.role must be system, developer, user or assistant, not {role!r}.",
-            param=f"{where}.role", code="invalid_value" if role is not None else "missing_required_parameter",
-        )  # fmt: skip
+            400,
+            f"{where}.role must be system, developer, user or assistant, not {role!r}.",
+            param=f"{where}.role",
+            code="invalid_value" if role is not None else "missing_required_parameter",
+        )
     for key, value in message.items():
         if key not in ("role", "content") and value not in _MESSAGE_EMPTY:
             raise ApiError(
-                400, f"{where}.{key} is not supported; send role and content only.",
-                param=f"{where}.{key}", code="unsupported_parameter",
-            )  # fmt: skip
+                400,
+                f"{where}.{key} is not supported; send role and content only.",
+                param=f"{where}.{key}",
+                code="unsupported_parameter",
+            )
     # `developer` is the newer name of `system`; chat templates know the older one.
     return {
         "role": "system" if role == "developer" else role,
@@ -186,18 +212,18 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise ApiError(
-            400, f"{where} must be a string or a list of text parts.", param=where, code="invalid_value"
-        )
+        raise ApiError(400, f"{where} must be a string or a list of text parts.", param=where, code="invalid_value")
     texts = []
     for i, part in enumerate(content):
         at = f"{where}[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ApiError(
-                400, f"{at}.type: {kind!r} is not supported; this model reads text only.",
-                param=f"{at}.type", code="unsupported_parameter",
-            )  # fmt: skip
+                400,
+                f"{at}.type: {kind!r} is not supported; this model reads text only.",
+                param=f"{at}.type",
+                code="unsupported_parameter",
+            )
         if not isinstance(part.get("text"), str):
             raise ApiError(400, f"{at}.text must be a string.", param=f"{at}.text", code="invalid_value")
         texts.append(part["text"])
@@ -214,9 +240,11 @@ def _stops(stop: Any) -> tuple[str, ...] | None:
         or len(stops) > MAX_STOPS
     ):
         raise ApiError(
-            400, f"stop must be a string or a list of up to {MAX_STOPS} strings, none of them empty.",
-            param="stop", code="invalid_value",
-        )  # fmt: skip
+            400,
+            f"stop must be a string or a list of up to {MAX_STOPS} strings, none of them empty.",
+            param="stop",
+            code="invalid_value",
+        )
     return tuple(stops)
 
 
@@ -230,16 +258,20 @@ def _json_schema(response_format: Any) -> Any:
         return {"type": "object"}
     if kind != "json_schema":
         raise ApiError(
-            400, "response_format.type must be text, json_object or json_schema.",
-            param="response_format.type", code="invalid_value",
-        )  # fmt: skip
+            400,
+            "response_format.type must be text, json_object or json_schema.",
+            param="response_format.type",
+            code="invalid_value",
+        )
     described = response_format.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise ApiError(
-            400, "response_format.json_schema.schema must be a JSON Schema object.",
-            param="response_format.json_schema.schema", code="invalid_value",
-        )  # fmt: skip
+            400,
+            "response_format.json_schema.schema must be a JSON Schema object.",
+            param="response_format.json_schema.schema",
+            code="invalid_value",
+        )
     return schema
 
 

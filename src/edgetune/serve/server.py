@@ -23,9 +23,15 @@ _BACKLOG = 128
 
 
 def serve(
-    path: Path, *, host: str, port: int, name: str | None, queue: int, threads: int | None,
+    path: Path,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    queue: int,
+    threads: int | None,
     ready: Callable[[str, str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Serve an artifact until Ctrl-C or SIGTERM. Blocks; to be called in the main thread.
 
     Args:
@@ -54,6 +60,7 @@ def serve(
             app = create_app(session, model, queue)
             Server(app, listener, lambda: ready(url(listener), model)).run_until_signal()
             ended = app.state.worker.close(timeout=_THREAD_S)
+    say("stopped")
     if ended:
         session.close()
         return
@@ -113,10 +120,17 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, listener: socket.socket, ready: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
-                app, http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, timeout_graceful_shutdown=_DRAIN_S,
+                app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_DRAIN_S,
             )
-        )  # fmt: skip
+        )
         self._app, self._listener, self._ready = app, listener, ready
 
     def run_until_signal(self) -> None:

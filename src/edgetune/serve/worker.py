@@ -70,8 +70,10 @@ class Answer:
 
     def cancel(self) -> None:
         """Give the answer up. Safe to call at any time, and more than once."""
+        if self.task is None or self.task.done():
+            return
         self.stop.set()
-        if self.task and not self.running:
+        if not self.running:
             self.task.cancel()  # still waiting: nothing of it is in the model's thread
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -85,14 +87,13 @@ class Answer:
             raise error
         if error:
             raise Failed(f"{type(error).__name__}: {error}") from error
-        self.completion = self.task.result()
-        if self.completion.finish_reason == "cancelled":
+        if self.result().finish_reason == "cancelled":
             raise Cancelled
 
     def result(self) -> Completion:
         """How the generation ended; only after iterating to the end."""
         if self.completion is None:
-            raise RuntimeError("the answer has not been read to its end")
+            raise RuntimeError("the generation has not ended")
         return self.completion
 
 
@@ -145,8 +146,9 @@ class Worker:
     def _ended(self, answer: Answer) -> None:
         self._answers.discard(answer)
         answer.texts.put_nowait(None)
-        if answer.task and not answer.task.cancelled():
-            answer.task.exception()  # seen: asyncio reports errors that nobody reads
+        # Asking for the exception also marks it as seen: asyncio reports those that nobody asked for.
+        if answer.task and not answer.task.cancelled() and answer.task.exception() is None:
+            answer.completion = answer.task.result()
 
     async def _run(self, answer: Answer) -> Completion:
         loop = asyncio.get_running_loop()
@@ -186,8 +188,9 @@ class Worker:
         if length >= limit:
             raise Refused(
                 f"The prompt has {length} tokens; the context holds {limit}, the answer's included.",
-                param="messages", code="context_length_exceeded",
-            )  # fmt: skip
+                param="messages",
+                code="context_length_exceeded",
+            )
         return self.session.stream(prompt, answer.options, cancel=answer.stop)
 
     def stop(self) -> None:

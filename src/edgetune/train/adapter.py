@@ -21,8 +21,7 @@ def base_dtype(section: TrainSection) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = any(
-            getattr(torch.cpu, name, bool)()
-            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         )
     return torch.bfloat16 if native else torch.float32
 
@@ -41,14 +40,12 @@ def add_adapter(model: Any, section: TrainSection) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with it as a float
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=section.target_modules,
     )
     if section.target_modules != "all-linear":
-        here = {
-            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")
-        }
+        here = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
         missing = [name for name in section.target_modules if name.rsplit(".", 1)[-1] not in here]
         if missing:
             raise InputError(

@@ -65,9 +65,7 @@ class Checkpoints:
         """Keep the adapter as the best so far."""
         with staged_folder(self.best) as folder:
             model.save_pretrained(folder, safe_serialization=True)
-            (folder / "README.md").unlink(
-                missing_ok=True
-            )  # peft's empty form; the artifact carries the model card
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the artifact carries the model card
             write_json(folder / "best.json", {"step": step, "loss": loss})
 
     @property
@@ -81,11 +79,7 @@ class Checkpoints:
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if path.is_file()
-            else []
-        )
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def _write_metrics(self) -> None:
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
@@ -95,7 +89,4 @@ def _whole(path: Path) -> bool:
     mark = path / _MARK
     if not mark.is_file():
         return False
-    return all(
-        (path / name).is_file() and sha256_file(path / name) == value
-        for name, value in read_json(mark).items()
-    )
+    return all((path / name).is_file() and sha256_file(path / name) == value for name, value in read_json(mark).items())

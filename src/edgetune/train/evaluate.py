@@ -60,10 +60,7 @@ def evaluate(
     loss, correct, count = 0.0, 0, 0
     with torch.inference_mode():
         for batch in batches(rows, batch_size):
-            inputs = {
-                name: torch.from_numpy(value).to(model.device)
-                for name, value in collate(batch, pad_id).items()
-            }
+            inputs = {name: torch.from_numpy(value).to(model.device) for name, value in collate(batch, pad_id).items()}
             logits, targets = learned_logits(model, inputs)
             loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
             correct += int((logits.argmax(-1) == targets).sum())

@@ -12,6 +12,7 @@ from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import write_json
 from edgetune.models import Base, load_model, load_tokenizer
+from edgetune.models.quiet import quiet
 from edgetune.recipe import MergeSection, ModelSection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 
@@ -56,6 +57,7 @@ def merge(
     adapter: Path,
     rows: Sequence[Sequence[int]],
     *,
+    stop_id: int | None,
     report: Path,
     merged: Path,
 ) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def merge(
         base: the base that the adapter was trained on.
         adapter: peft adapter folder.
         rows: token ids of the rows to compare on.
+        stop_id: the token that ended each answer in training; added to the merged model's stop ids, or it would run on.
         report: existing folder for report.json.
         merged: existing folder for the merged model: safetensors in float32, tokenizer, chat template, generation config.
 
@@ -79,10 +82,8 @@ def merge(
         InputError: the adapter does not fit the base.
     """
     import torch
-    import transformers
     from peft import PeftModel
 
-    transformers.utils.logging.set_verbosity_error()
     check_adapter(adapter)
     reset_peak()
     tokenizer = load_tokenizer(
@@ -90,7 +91,7 @@ def merge(
         trust_remote_code=model_section.trust_remote_code,
         chat_template=model_section.chat_template,
     )
-    with progress.task("merge", 5) as bar:
+    with progress.task("merge", 5) as bar, quiet():
         model = load_model(base.path, dtype=torch.float32, trust_remote_code=model_section.trust_remote_code)
         tied = model.config.tie_word_embeddings
         bar.advance(1, "base loaded")
@@ -113,6 +114,7 @@ def merge(
                 fix="train without an adapter on the embedding or the head",
             )
         whole.config.dtype = torch.float32
+        _stop_at(whole, stop_id)
         whole.save_pretrained(merged, safe_serialization=True)
         tokenizer.save_pretrained(merged)
         _clean(merged, base.id)
@@ -151,6 +153,13 @@ def merge(
     }
     write_json(report / "report.json", result)
     return result
+
+
+def _stop_at(model: Any, stop_id: int | None) -> None:
+    known = model.generation_config.eos_token_id
+    ids = [] if known is None else known if isinstance(known, list) else [known]
+    if stop_id is not None and stop_id not in ids:
+        model.generation_config.eos_token_id = [*ids, stop_id] if ids else stop_id
 
 
 def _log_probabilities(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:

@@ -27,20 +27,15 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     if train:
         axes.plot(*zip(*train, strict=True), color="#9db7d5", linewidth=1, label="training, each step")
         if len(train) >= 10:
-            axes.plot(
-                *zip(*_smooth(train), strict=True), color="#2a5d9f", linewidth=2, label="training, smoothed"
-            )
+            axes.plot(*zip(*_smooth(train), strict=True), color="#2a5d9f", linewidth=2, label="training, smoothed")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="#c8442d", linewidth=2, label="validation")
-        best = min(validation, key=lambda point: point[1])
-        low = best[1] == min(y for _, y in [*train, *validation])
-        axes.annotate(
-            f"best {best[1]:.3f}",
-            best,
-            xytext=(0, 8 if low else -16),
-            textcoords="offset points",
-            ha="center",
+        best = min(loss for _, loss in validation)
+        axes.plot(
+            *zip(*validation, strict=True),
+            "o-",
             color="#c8442d",
+            linewidth=2,
+            label=f"validation, best {best:.3f}",
         )
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
     axes.margins(y=0.15)

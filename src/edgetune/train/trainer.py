@@ -16,6 +16,7 @@ from edgetune.data.batch import Encoded, collate
 from edgetune.errors import EdgetuneError
 from edgetune.files import read_json, write_json, write_text
 from edgetune.models import Base, load_model, load_tokenizer
+from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.train.adapter import add_adapter, base_dtype
@@ -69,32 +70,72 @@ def train(
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
+    reset_peak()
+    started = time.monotonic()
     transformers.set_seed(job.seed)
     if section.threads:
         torch.set_num_threads(section.threads)
-    reset_peak()
-    started = time.monotonic()
     kept = Checkpoints(checkpoints, job.key, resume)
+    with quiet():
+        trainer, watch, steps = _prepare(section, job, kept)
+        if kept.last:
+            progress.say(f"train: resuming after step {kept.step} of {steps}")
+        else:
+            with progress.task("validate base", len(job.validation)) as bar:
+                before = evaluate(trainer.model, job.validation, watch.pad_id, section.batch_size, bar.advance)
+            kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
+        if kept.step < steps and not _stops(section, kept):  # else all that was missing is what follows
+            try:
+                trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
+            finally:
+                watch.close(*sys.exc_info())
+
+    result = {
+        "method": section.method,
+        **_told(kept.metrics),
+        "stopped_early": kept.metrics[-1]["step"] < steps,
+        "epochs": round(kept.metrics[-1]["step"] / _steps_a_pass(section, job), 3),
+        "rows": {"train": len(job.train), "validation": len(job.validation)},
+        "seconds_in_all": round(time.monotonic() - started, 1),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "parameters": trainer.model.get_base_model().num_parameters(exclude_embeddings=False)
+        - trainer.model.num_parameters(only_trainable=True),
+        "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
+        "dtype": str(base_dtype(section)).removeprefix("torch."),
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+        "seed": job.seed,
+    }
+    shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
+    config = read_json(kept.best / "adapter_config.json")  # with the base's id in place of its folder on this machine
+    config |= {"base_model_name_or_path": job.base.id, "revision": job.base.revision}
+    write_json(adapter / "adapter_config.json", config)
+    write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
+    plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
+    write_json(report / "report.json", result)
+    return result
+
+
+def _steps_a_pass(section: TrainSection, job: Job) -> int:
+    return math.ceil(len(job.train) / (section.batch_size * section.gradient_accumulation))
+
+
+def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> tuple[Any, Any, int]:
+    """The trainer, its watcher, and the number of optimizer steps."""
+    import torch
+    import transformers
+
     tokenizer = load_tokenizer(job.base.path, trust_remote_code=job.trust_remote_code)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    dtype = base_dtype(section)
-    model = load_model(job.base.path, dtype=dtype, trust_remote_code=job.trust_remote_code)
-    parameters = model.num_parameters()
-    model = add_adapter(model, section)
-    steps_per_epoch = math.ceil(len(job.train) / (section.batch_size * section.gradient_accumulation))
-    steps = section.max_steps or max(1, math.ceil(steps_per_epoch * section.epochs))
-    batches = schedule(
-        [len(row.ids) for row in job.train],
-        section.batch_size,
-        steps * section.gradient_accumulation,
-        job.seed,
-    )
+    model = load_model(job.base.path, dtype=base_dtype(section), trust_remote_code=job.trust_remote_code)
+    steps = section.max_steps or max(1, math.ceil(_steps_a_pass(section, job) * section.epochs))
+    lengths = [len(row.ids) for row in job.train]
+    batches = schedule(lengths, section.batch_size, steps * section.gradient_accumulation, job.seed)
     watch = _watcher(section, job, kept, steps, batches, pad_id)
     trainer = _trainer_class()(
-        model=model,
-        args=_arguments(section, job.seed, steps, checkpoints),
-        train_dataset=_Batches(job.train, batches),  # type: ignore[arg-type]  # a map-style dataset
+        model=add_adapter(model, section),
+        args=_arguments(section, job.seed, steps, kept.folder),
+        train_dataset=_Batches(job.train, batches),
         data_collator=lambda items: {
             name: torch.from_numpy(value) for name, value in collate(items[0], pad_id).items()
         },
@@ -102,56 +143,27 @@ def train(
     )
     trainer.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
     trainer.remove_callback(transformers.PrinterCallback)
-    if kept.last:
-        progress.say(f"train: resuming after step {kept.step} of {steps}")
-    else:
-        with progress.task("validate base", len(job.validation)) as bar:
-            before = evaluate(trainer.model, job.validation, pad_id, section.batch_size, bar.advance)
-        kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
-    if kept.step < steps and not _stops(section, kept):  # else all that was missing is what follows
-        try:
-            trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
-        except BaseException:
-            watch.close(*sys.exc_info())
-            raise
-        watch.close(None, None, None)
+    return trainer, watch, steps
 
-    first, *validations = [row for row in kept.metrics if "validation_loss" in row]
+
+def _told(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows of metrics.jsonl come to."""
+    first, *validations = [row for row in metrics if "validation_loss" in row]
     best = min(validations, key=lambda row: row["validation_loss"])
-    last_step = kept.metrics[-1]["step"]
-    seconds = sum(row.get("seconds", 0.0) for row in kept.metrics)
-    tokens = sum(row.get("tokens", 0) for row in kept.metrics)
-    result = {
-        "method": section.method,
+    steps = [row for row in metrics if "loss" in row]
+    seconds, tokens = sum(row["seconds"] for row in steps), sum(row["tokens"] for row in steps)
+    return {
         "validation": {"before": _of(first), "after": _of(best)},
-        "loss_train_first": next(row["loss"] for row in kept.metrics if "loss" in row),
-        "loss_train_last": [row["loss"] for row in kept.metrics if "loss" in row][-1],
-        "steps": last_step,
+        "loss_train_first": steps[0]["loss"],
+        "loss_train_last": steps[-1]["loss"],
+        "steps": metrics[-1]["step"],
         "best_step": best["step"],
-        "stopped_early": last_step < steps,
-        "epochs": round(last_step / steps_per_epoch, 3),
-        "rows": {"train": len(job.train), "validation": len(job.validation)},
         "tokens": tokens,
-        "learned_tokens": sum(row.get("learned_tokens", 0) for row in kept.metrics),
+        "learned_tokens": sum(row["learned_tokens"] for row in steps),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
         "seconds": round(seconds, 1),
-        "seconds_in_all": round(time.monotonic() - started, 1),
-        "peak_rss_mb": round(peak_rss_mb(), 1),
-        "parameters": parameters,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(trainer.args.device),
-        "threads": torch.get_num_threads(),
-        "seed": job.seed,
         "warnings": _warnings(first["validation_loss"], best["validation_loss"]),
     }
-    shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
-    config = read_json(kept.best / "adapter_config.json")  # with the base's id in place of its folder on this machine
-    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": job.base.id, "revision": job.base.revision})
-    write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
-    plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
-    write_json(report / "report.json", result)
-    return result
 
 
 def _trainer_class() -> Any:
@@ -162,7 +174,11 @@ def _trainer_class() -> Any:
         """Trainer whose loss is the mean over the tokens that carry loss in the whole optimizer step."""
 
         def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
         ) -> Any:
             logits, targets = learned_logits(model, inputs)
             return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
@@ -227,6 +243,7 @@ def _watcher(
 
     class Watcher(TrainerCallback):
         def __init__(self) -> None:
+            self.pad_id = pad_id
             self.saved_at = self.step_at = 0.0
             self.shown: Any = None
             self.bar: Any = None
@@ -307,11 +324,7 @@ def _stops(section: TrainSection, kept: Checkpoints) -> bool:
 
 
 def _of(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix("validation_"): value
-        for name, value in row.items()
-        if name.startswith("validation_")
-    }
+    return {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
 
 
 def _warnings(before: float, after: float) -> list[str]:

@@ -1,0 +1,135 @@
+"""`edgetune generate` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from artifacts import copy_of, tiny_artifact  # noqa: F401
+from conftest import edgetune
+
+FLAT = '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"], "additionalProperties": false}'
+
+
+def test_prompt_from_argument_file_and_pipe(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "p.txt").write_text("What is it?\n")
+    asked = ["generate", tiny_artifact, "--max-tokens", "12"]
+    runs = [
+        edgetune(*asked, "What is it?", stdin=""),
+        edgetune(*asked, "--file", tmp_path / "p.txt", stdin=""),
+        edgetune(*asked, stdin="What is it?\n"),
+    ]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout != ""
+    assert "cut after 12 tokens" in runs[0].stderr
+
+
+def test_json_and_stats(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "artifact").symlink_to(tiny_artifact)
+    asked = ["Hi", "--max-tokens", "5", "--system", "Be short.", "--stats"]
+    done = edgetune("generate", run_folder, *asked, "--json")
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert found["completion_tokens"] == 5 and found["finish_reason"] == "length"
+    assert found.keys() == {
+        "text", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s",
+    }  # fmt: skip
+    assert f"prompt {found['prompt_tokens']} tokens, answer 5 tokens, time to first token" in done.stderr
+    plain = edgetune("generate", tiny_artifact, *asked)
+    assert plain.stdout == found["text"]
+    raw = edgetune("generate", tiny_artifact, "Hi", "--raw", "--max-tokens", "5", "--json")
+    assert json.loads(raw.stdout)["prompt_tokens"] < found["prompt_tokens"]
+
+
+def test_seed_stop_and_schema(tiny_artifact: Path) -> None:  # noqa: F811
+    drawn = ["generate", tiny_artifact, "Hi", "--max-tokens", "30", "--temperature", "1", "--top-k", "0", "--seed"]
+    one, again, two = (edgetune(*drawn, seed).stdout for seed in ("1", "1", "2"))
+    assert one == again != two
+    stop = next(c for c in one[3:] if c.isalnum())
+    stopped = edgetune(*drawn, "1", "--stop", stop, "--stop", "never said")
+    assert stopped.stdout == one[: one.index(stop)]
+    made = edgetune("generate", tiny_artifact, "Hi", "--json-schema", FLAT)
+    assert (made.returncode, list(json.loads(made.stdout))) == (0, ["n"])
+
+
+def test_json_that_is_cut_is_a_failure(tiny_artifact: Path) -> None:  # noqa: F811
+    done = edgetune("generate", tiny_artifact, "Hi", "--json-schema", FLAT, "--max-tokens", "2")
+    assert done.returncode == 1
+    assert "its JSON is not complete" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("args", "stdin", "what"), [
+    (["a", "--file", "f"], "", "there are two prompts"),
+    ([], "", "stdin: the prompt is empty"),
+    (["  "], "", "error: the prompt is empty"),
+    (["--file", "missing.txt"], "", "missing.txt: no such file"),
+    (["a", "--temperature", "3"], "", "temperature: must be a number from 0 to 2"),
+    (["a", "--top-p", "0"], "", "top_p: must be"),
+    (["a", "--seed", "-1"], "", "seed: must be"),
+    (["a", "--stop", ""], "", "stop: must be"),
+    (["a", "--max-tokens", "0"], "", "max_tokens: must be"),
+    (["a", "--threads", "0"], "", "threads: must be"),
+    (["a", "--json-schema", "{"], "", "--json-schema: is not JSON"),
+    (["a", "--json-schema", '{"type": "objec"}'], "", "json_schema: the schema cannot be followed"),
+    (["a", "--raw", "--system", "s"], "", "--raw sends no system prompt"),
+    (["word " * 300], "", "the context holds 256"),
+])  # fmt: skip
+def test_bad_input(tiny_artifact: Path, args: list[str], stdin: str, what: str) -> None:  # noqa: F811
+    done = edgetune("generate", tiny_artifact, *args, stdin=stdin)
+    assert done.returncode == 2
+    assert what in done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_binary_pipe(tiny_artifact: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "edgetune", "generate", str(tiny_artifact)]
+    done = subprocess.run(command, input=b"\x80\x81\xff", capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert b"stdin: is not UTF-8 text" in done.stderr
+
+
+def test_damaged_artifact(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
+    copy = copy_of(tiny_artifact, tmp_path)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[100] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    done = edgetune("generate", copy, "Hi")
+    assert done.returncode == 2
+    assert "model.onnx.data: is not the file that was exported" in done.stderr and "fix:" in done.stderr
+
+
+def test_on_a_terminal(tiny_artifact: Path) -> None:  # noqa: F811
+    """A line end at the end, and none of the control characters that a random model writes."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "edgetune", "generate", str(tiny_artifact), "Hi", "--max-tokens", "100"]
+    drawn = ["--temperature", "2", "--top-k", "0", "--seed", "3"]
+    done = subprocess.run([*command, *drawn], stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    piped = edgetune(*command[3:], *drawn).stdout
+    assert any(ord(c) < 32 and c not in "\n\t" for c in piped)  # a pipe gets the text itself
+    assert done.returncode == 0
+    assert shown.endswith("\r\n") and not piped.endswith("\n")
+    assert all(c in "\r\n\t" or c.isprintable() or ord(c) > 0x9F for c in shown)
+
+
+def test_interrupted(tiny_artifact: Path) -> None:  # noqa: F811
+    """Ctrl-C while it waits for the prompt: exit 130, no traceback."""
+    command = [sys.executable, "-m", "edgetune", "generate", str(tiny_artifact)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        time.sleep(1.0)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert b"Traceback" not in err and b"interrupted" in err
