@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -217,8 +219,10 @@ class _EventStream(StreamingResponse):
 
 
 def _failure(error: Failed) -> ApiError:
-    say(f"error: the generation failed: {error}")
-    return ApiError(500, f"The generation failed: {error}", code="generation_failed")
+    say(f"error: {error}")
+    if os.environ.get("EDGETUNE_DEBUG"):
+        traceback.print_exception(error)
+    return ApiError(500, str(error), code="generation_failed")
 
 
 def _stopped() -> ApiError:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from edgetune.errors import InputError
+from edgetune.errors import EdgetuneError, InputError
 
 if TYPE_CHECKING:
     from edgetune.runtime.options import GenerationOptions
@@ -85,8 +85,10 @@ class Answer:
         error = self.task.exception()
         if isinstance(error, Refused):
             raise error
+        if isinstance(error, EdgetuneError):
+            raise Failed(error.what) from error
         if error:
-            raise Failed(f"{type(error).__name__}: {error}") from error
+            raise Failed(f"the generation failed: {type(error).__name__}: {error}") from error
         if self.result().finish_reason == "cancelled":
             raise Cancelled
 
