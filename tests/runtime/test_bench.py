@@ -78,9 +78,9 @@ def test_percentiles_follow_from_the_samples(measured):
     for name in RATES:
         found = report[name]
         for share in (50, 95, 99):
-            assert found[f"p{share}"] == pytest.approx(np.percentile(raw[name], share), rel=1e-3), name
-        assert found["mean"] == pytest.approx(np.mean(raw[name]), rel=1e-3)
-        assert (found["min"], found["max"]) == pytest.approx((min(raw[name]), max(raw[name])), rel=1e-3)
+            assert found[f"p{share}"] == pytest.approx(np.percentile(raw[name], share), rel=1e-3, abs=1e-4), name
+        assert found["mean"] == pytest.approx(np.mean(raw[name]), rel=1e-3, abs=1e-4)
+        assert (found["min"], found["max"]) == pytest.approx((min(raw[name]), max(raw[name])), rel=1e-3, abs=1e-4)
 
 
 def test_peak_memory_is_that_of_a_small_process(measured):
