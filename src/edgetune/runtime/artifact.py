@@ -104,7 +104,7 @@ def _find(path: Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     if (folder / "artifact" / MANIFEST).is_file():  # a run folder stands for its artifact
-        return folder / "artifact"
+        return (folder / "artifact").resolve()
     if (folder / "genai_config.json").is_file():
         raise InputError(
             "is not an edgetune artifact: without manifest.json there is nothing to check its files against",
