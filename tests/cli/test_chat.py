@@ -181,6 +181,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
+    def ready(self) -> None:
+        """Wait for the prompt: after its line the cursor is back."""
+        self.expect("\x1b[?2004h")
+        self.expect("\x1b[?25h")
+
     def expect(self, text: str, within: float = 20) -> None:
         """Wait until `text` has been shown since the last time."""
         end = time.monotonic() + within
@@ -200,20 +205,26 @@ def test_in_a_terminal(tiny_artifact: Path, own_home: Path) -> None:  # noqa: F8
     terminal = Terminal(sys.executable, "-m", "edgetune", "chat", str(tiny_artifact), "--max-tokens", "6")
     try:
         terminal.expect("context 256 tokens; /help")
+        terminal.ready()
         terminal.type("Hello\r")
         terminal.expect("the answer was cut after 6 tokens")
+        terminal.ready()
         terminal.type("first\x1b\rsecond\\\rthird\r")  # Alt-Enter, then a backslash
         terminal.expect("the answer was cut after 6 tokens")
+        terminal.ready()
         terminal.type("/stat\r")
         terminal.expect("did you mean /stats?")
-        terminal.expect("\x1b[?25h")  # the cursor is back: it reads keys again
+        terminal.ready()
         terminal.type("/sta\t")
         time.sleep(0.5)  # completion runs beside the keys
         terminal.type("\r")
         terminal.expect("tokens used")
+        terminal.ready()
         terminal.type("half a line\x03")  # Ctrl-C drops the line
+        terminal.ready()
         terminal.type("\x03")
         terminal.expect("Ctrl-C again or Ctrl-D leaves")
+        terminal.ready()
         terminal.type("\x04")
         assert terminal.close() == 0
     finally:

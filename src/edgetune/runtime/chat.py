@@ -40,24 +40,22 @@ def run(session: Session, conversation: Conversation, options: GenerationOptions
         InputError: through a pipe: an unknown command, a conversation that does not fit any more.
         EdgetuneError: the runtime failed.
     """
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    chat = Chat(session, conversation, options, interactive)
-    if interactive:
-        what = session.artifact
-        chat.notice(f"{printable(what.name)}, {what.size_mb:,.0f} MB, context {what.max_length:,} tokens; /help")
-    for turn in typed_turns(_COMMANDS, chat.notice) if interactive else piped_turns(sys.stdin.buffer):
-        try:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        chat = Chat(session, conversation, options, interactive=False)
+        for turn in piped_turns(sys.stdin.buffer):
             if not chat.take(turn):
                 return
-        except EdgetuneError as error:
-            if not interactive:
-                raise
-            chat.notice(printable(error.text()))
-        except OSError as error:
-            known = from_os_error(error)
-            if not interactive or known is None:
-                raise
-            chat.notice(known.text())
+        return
+    chat, what = Chat(session, conversation, options, interactive=True), session.artifact
+    chat.notice(f"{printable(what.name)}, {what.size_mb:,.0f} MB, context {what.max_length:,} tokens; /help")
+    # A Ctrl-C that comes just after an answer has ended, before the next prompt reads keys, does nothing.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        for turn in typed_turns(_COMMANDS, chat.notice):
+            if not chat.try_to_take(turn):
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Chat:
@@ -86,6 +84,19 @@ class Chat:
         if turn.startswith("/") and not turn.startswith("//"):
             return self._command(turn)
         self._answer(turn.removeprefix("/") if turn.startswith("//") else turn)
+        return True
+
+    def try_to_take(self, turn: str) -> bool:
+        """`take`, which says what goes wrong and lets the chat go on."""
+        try:
+            return self.take(turn)
+        except EdgetuneError as error:
+            self.notice(printable(error.text()))
+        except OSError as error:
+            known = from_os_error(error)
+            if known is None:
+                raise
+            self.notice(printable(known.text()))
         return True
 
     def _command(self, turn: str) -> bool:
