@@ -46,8 +46,10 @@ def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: b
         forced = forced or stage == first
         if forced:
             why: str | None = "asked for"
-        elif base is None or upstream:
-            why = f"after {upstream}" if upstream else "not done yet"
+        elif upstream:
+            why = f"after {upstream}"
+        elif base is None or not all(check["ok"] for check in checks):
+            why = "not done yet"
         else:
             why = pipeline.folder.stale(pipeline.work(stage))
         upstream = upstream or (stage if why else None)

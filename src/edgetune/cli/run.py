@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
+from edgetune.errors import WRONG_INPUT
+
+if TYPE_CHECKING:
+    from edgetune.recipe import LoadedRecipe
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
@@ -26,7 +30,7 @@ def command(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo every stage.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show recipe, stages, estimates and checks; write nothing.")
+        bool, typer.Option("--dry-run", help="Show recipe, stages, estimates and checks; write nothing. Exit 2 if a check fails.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -46,19 +50,7 @@ def command(
 
     loaded = load(recipe, overrides or [])
     if dry_run:
-        from edgetune.plan import plan, rows
-
-        planned = plan(loaded, first=check_stage(first), until=check_stage(until), force=force)
-        if json:
-            print_json(planned)
-            return
-        import yaml
-
-        typer.echo(yaml.safe_dump(planned["recipe"], sort_keys=False, allow_unicode=True, width=110).rstrip())
-        typer.echo()
-        print_table(("stage", "what", "time", "memory", "disk"), rows(planned))
-        for check in planned["checks"]:
-            typer.echo(f"{'ok ' if check['ok'] else 'NOT OK'} {check['what']}")
+        _show_plan(loaded, check_stage(first), check_stage(until), force, json)
         return
     from edgetune.pipeline import STAGES, Pipeline
     from edgetune.summary import as_json, summary
@@ -69,6 +61,23 @@ def command(
         print_json(as_json(result))
     else:
         print_table(("result", "value"), summary(result))
+
+
+def _show_plan(loaded: LoadedRecipe, first: str | None, until: str | None, force: bool, json: bool) -> None:
+    from edgetune.plan import plan, rows
+
+    planned = plan(loaded, first=first, until=until, force=force)
+    if json:
+        print_json(planned)
+    else:
+        import yaml
+
+        typer.echo(yaml.safe_dump(planned["recipe"], sort_keys=False, allow_unicode=True, width=110))
+        print_table(("stage", "what", "time", "memory", "disk"), rows(planned))
+        for check in planned["checks"]:
+            typer.echo(f"{'ok    ' if check['ok'] else 'NOT OK'} {check['what']}")
+    if not all(check["ok"] for check in planned["checks"]):
+        raise typer.Exit(WRONG_INPUT)
 
 
 def check_stage(name: str | None) -> str | None:

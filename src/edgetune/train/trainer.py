@@ -109,6 +109,7 @@ def train(
     shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
     config = read_json(kept.best / "adapter_config.json")  # with the base's id in place of its folder on this machine
     config |= {"base_model_name_or_path": job.base.id, "revision": job.base.revision}
+    config["target_modules"] = sorted(config["target_modules"])  # a set in peft, so in another order each time
     write_json(adapter / "adapter_config.json", config)
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
