@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import edgetune, write_jsonl
 
+from conftest import edgetune, write_jsonl
 from edgetune import recipe
 from edgetune.errors import GateError, InputError
 from edgetune.files import TMP_PREFIX

@@ -155,10 +155,9 @@ class Pipeline:
         if stage == "verify":
             inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
             return Work(stage, inputs, recipe.verify.model_dump())
-        from edgetune.runtime.hardware import hardware
+        from edgetune.runtime.hardware import cpu
 
-        machine = hardware()["cpu"]
-        return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(machine)})
+        return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(cpu())})
 
     @property
     def name(self) -> str:

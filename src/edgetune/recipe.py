@@ -165,7 +165,7 @@ class BenchSection(Section):
     new_tokens: int = Field(64, ge=2, description="Tokens generated after each prompt.")
     warmup: int = Field(1, ge=0, description="Rounds that are not counted.")
     repetitions: int = Field(5, ge=1, description="Rounds that are counted, each with a prompt of its own.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; ONNX Runtime's choice when not given.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when not given.")
 
 
 class Recipe(Section):

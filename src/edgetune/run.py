@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +150,8 @@ def seal(folder: Path, work: Work, **extra: Any) -> None:
         work: what was done.
         extra: further keys, such as the chain back to base model and data.
     """
+    from edgetune.runtime.hardware import versions
+
     write_json(
         folder / MANIFEST,
         {
@@ -181,21 +182,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except InputError:
         return {}
     return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the result, as far as they are installed."""
-    found = {}
-    for name in (
-        "torch",
-        "transformers",
-        "peft",
-        "onnx",
-        "onnx-ir",
-        "onnxruntime",
-        "onnxruntime-genai",
-        "numpy",
-    ):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

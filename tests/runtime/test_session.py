@@ -122,12 +122,9 @@ def test_prompts_that_are_refused(session: Session, prompt: Any, what: str) -> N
 
 
 def test_template_that_refuses(copy: Path) -> None:
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
-    )
-    (copy / "chat_template.jinja").write_text(
-        template + session.artifact.path.joinpath("chat_template.jinja").read_text()
-    )
+    template = (copy / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    (copy / "chat_template.jinja").write_text(refusal + template)
     seal(copy)
     with runtime.load(copy) as strict:
         with pytest.raises(InputError, match="the model's chat template refuses this conversation: no tools"):

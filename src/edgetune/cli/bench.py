@@ -18,9 +18,7 @@ def command(
     new_tokens: Annotated[int | None, typer.Option(min=2, help=f"Tokens generated after each prompt{_UNSET}")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help=f"Rounds that are not counted{_UNSET}")] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help=f"Rounds that are counted{_UNSET}")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; ONNX Runtime's choice when not given.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores when not given.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for report.json, report.csv (every sample) and report.md."),

@@ -30,7 +30,10 @@ def command(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo every stage.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show recipe, stages, estimates and checks; write nothing. Exit 2 if a check fails.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show recipe, stages, estimates and checks; write nothing. Exit 2 if a check fails."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.runtime.hardware import default_threads
 from edgetune.runtime.memory import peak_rss_mb
 
 if TYPE_CHECKING:
@@ -88,12 +89,11 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
 
     og = genai()
     process = psutil.Process()
-    threads_before = process.num_threads()
     start = time.perf_counter()
     config = og.Config(str(artifact.path))
-    if job["threads"]:
-        options = {"intra_op_num_threads": job["threads"]}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    threads = job["threads"] or default_threads()
+    settings = {"intra_op_num_threads": threads}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
     try:
         model = og.Model(config)
         tokenizer = og.Tokenizer(model)
@@ -104,8 +104,6 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
             fix="export it again; `edgetune doctor` checks the installation",
         ) from error
     load_s = time.perf_counter() - start
-    # ONNX Runtime starts one thread less than it works with: its caller is the first
-    threads = job["threads"] or 1 + process.num_threads() - threads_before
 
     prompts = distinct_prompts(tokenizer.encode, job["prompt_tokens"], job["warmup"], job["repetitions"])
     params = og.GeneratorParams(model)
@@ -172,12 +170,12 @@ def _fits(artifact: Artifact, prompt: int, new: int) -> None:
 
 def _round(og: Any, model: Any, params: Any, ids: list[int], new: int) -> dict[str, Any]:
     """One prompt answered greedily, fed as a session feeds it. Making the KV cache counts as well."""
-    from edgetune.runtime.session import _PREFILL
+    from edgetune.runtime.session import PREFILL
 
     start = time.perf_counter()
     generator = og.Generator(model, params)
-    for first in range(0, len(ids), _PREFILL):
-        generator.append_tokens(ids[first : first + _PREFILL])
+    for first in range(0, len(ids), PREFILL):
+        generator.append_tokens(ids[first : first + PREFILL])
     generator.generate_next_token()
     stamps = [time.perf_counter()]
     for _ in range(new - 1):

@@ -127,6 +127,15 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def default_threads() -> int:
+    """Threads that a session works with when nobody says: the physical cores that this process may use.
+
+    ONNX Runtime's own choice leaves cores idle on some machines (one thread on two virtual cores).
+    """
+    found = cpu()
+    return max(1, min(int(found["physical_cores"]), int(found["usable_cores"])))
+
+
 def load_average() -> list[float] | None:
     """Mean number of running programs in the last 1, 5 and 15 minutes; None on Windows."""
     try:

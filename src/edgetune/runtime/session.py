@@ -13,13 +13,14 @@ from typing import Any, Literal, TypedDict
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.hardware import default_threads
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
 from edgetune.runtime.stops import StopFilter
 
 # Tokens of the prompt that go through the model in one call. A call cannot be interrupted and holds Python's
 # lock, so this bounds how long a cancel waits. It also halves peak memory against one call for 1,500 tokens
 # (no logits for the whole prompt), costs no time, and gives bit for bit the same logits.
-_PREFILL = 64
+PREFILL = 64
 _WAIT_S = 0.05  # how often a generation that waits for its turn looks at its cancel event
 # JSON as json.dumps writes it. Without this, small models put in white space until the tokens run out.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -108,13 +109,11 @@ class Session:
         if threads is not None and threads < 1:
             raise InputError(f"must be 1 or more, not {threads}", where="threads")
         started = time.perf_counter()
-        self.artifact, self.threads = artifact, threads
+        self.artifact, self.threads = artifact, threads or default_threads()
         self._lock = threading.Lock()
         self._guidance_works = False
         self._og = genai()
-        settings: dict[str, Any] = {"log_severity_level": 3}
-        if threads is not None:
-            settings["intra_op_num_threads"] = threads
+        settings = {"log_severity_level": 3, "intra_op_num_threads": self.threads}
         with _native("ONNX Runtime cannot load the artifact", artifact):
             config = self._og.Config(str(artifact.path))
             config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
@@ -281,10 +280,10 @@ class Session:
         else:
             generator = self._guided(params, options.json_schema)
         with _native("the generation failed", self.artifact):
-            for start in range(0, len(ids), _PREFILL):
+            for start in range(0, len(ids), PREFILL):
                 if cancel.is_set():
                     break
-                generator.append_tokens(ids[start : start + _PREFILL])
+                generator.append_tokens(ids[start : start + PREFILL])
         return generator
 
     def _guided(self, params: Any, schema: dict[str, Any]) -> Any:
