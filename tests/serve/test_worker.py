@@ -36,9 +36,11 @@ def worker(session: Any, waiting: int = 4) -> Worker:
 def test_a_busy_thread_is_told() -> None:
     async def run() -> bool:
         queue = worker(session)
-        queue.submit(say("echo a"), OPTIONS)
+        answer = queue.submit(say("echo a"), OPTIONS)
         await asyncio.sleep(0.05)
         queue.stop()
+        with pytest.raises(Cancelled):  # its reader does not wait for the thread
+            _ = [text async for text in answer]
         busy = not await asyncio.to_thread(queue.close, 0.1)
         session.release.set()
         assert await asyncio.to_thread(queue.close, 5)

@@ -66,21 +66,21 @@ class Answer:
         self.task: asyncio.Task[Completion] | None = None
         self.stop = threading.Event()
         self.running = False
-        self.texts: asyncio.Queue[str | None] = asyncio.Queue()  # None: the generation has ended
+        self.texts: asyncio.Queue[str | None] = asyncio.Queue()  # None: there will be no more
 
     def cancel(self) -> None:
         """Give the answer up. Safe to call at any time, and more than once."""
         if self.task is None or self.task.done():
             return
         self.stop.set()
+        self.texts.put_nowait(None)  # who reads need not wait for the model to come to a halt
         if not self.running:
             self.task.cancel()  # still waiting: nothing of it is in the model's thread
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while (text := await self.texts.get()) is not None:
             yield text
-        assert self.task is not None
-        if self.task.cancelled():
+        if self.task is None or not self.task.done() or self.task.cancelled():
             raise Cancelled
         error = self.task.exception()
         if isinstance(error, Refused):
