@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import files
-from edgetune.errors import InputError, from_os_error
+from edgetune.errors import InputError, from_system_error
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         files.write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(files.TMP_PREFIX)] == []
-    explained = from_os_error(caught.value)
+    explained = from_system_error(caught.value)
     assert (
         explained is not None
         and explained.exit_code == 2

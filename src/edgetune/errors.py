@@ -44,15 +44,25 @@ class GateError(EdgetuneError):
     exit_code = GATE_NOT_PASSED
 
 
-def from_os_error(error: OSError) -> EdgetuneError | None:
-    """Explain an operating system's refusal (full disk, no permission, …), or None if it is another."""
-    where = error.filename or error.filename2
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+# How libraries that write files themselves (safetensors, torch) word a full disk.
+_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file", "Disk quota exceeded")
+
+
+def from_system_error(error: Exception) -> EdgetuneError | None:
+    """Explain an operating system's refusal (full disk, no permission, …), or None if it is another error.
+
+    Args:
+        error: what Python or a library that writes files raised.
+    """
+    where = getattr(error, "filename", None) or getattr(error, "filename2", None)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _FULL):
         return InputError(
             "the disk is full; nothing was left half-written",
             where=where,
             fix="free some space (`edgetune runs ls`, `edgetune models ls` show sizes) and run it again",
         )
+    if not isinstance(error, OSError):
+        return None
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError("no permission", where=where, fix="check the owner and mode, or choose another folder")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError):

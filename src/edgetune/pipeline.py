@@ -77,7 +77,7 @@ class Pipeline:
         self._look_before()
         result = Result(self.folder.path)
         forced = force
-        with self.folder.locked(), self._held(self.base()):
+        with self._no_empty_run(), self.folder.locked(), self._held(self.base()):
             for stage in wanted:
                 forced = forced or stage == first
                 self._one(stage, result, forced, resume and not force)
@@ -85,6 +85,20 @@ class Pipeline:
                     self._gate(result)
             self._card(result)
         return result
+
+    @contextlib.contextmanager
+    def _no_empty_run(self) -> Iterator[None]:
+        """Remove the run folder again where a failure left nothing in it but the recipe."""
+        from edgetune.leases import forget_run
+
+        try:
+            yield
+        except BaseException:
+            path = self.folder.path
+            if path.is_dir() and {found.name for found in path.iterdir()} <= {"recipe.json", ".lock"}:
+                shutil.rmtree(path, ignore_errors=True)
+                forget_run(path.absolute())
+            raise
 
     def _look_before(self) -> None:
         """Refuse what is sure to fail later, before anything is fetched or written."""

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `edgetune --help` answers at once.
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -72,9 +73,14 @@ for _group in (recipes, data, models, runs):
     app.add_typer(_group.app, name=_group.__name__.rsplit(".", 1)[-1])
 
 
+def _terminated(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point of the `edgetune` command."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ?, and no traceback
+    signal.signal(signal.SIGTERM, _terminated)  # so that what is half-written is cleaned up, and children end
     app()

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgetune.errors import FAILED, INTERRUPTED, EdgetuneError, from_os_error
+from edgetune.errors import FAILED, INTERRUPTED, EdgetuneError, from_system_error
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -32,12 +32,6 @@ def guarded() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
-    except OSError as error:
-        known = from_os_error(error)
-        if known is None:
-            _crash()
-        else:
-            _fail(known)
     except MemoryError:
         _fail(
             EdgetuneError(
@@ -47,7 +41,11 @@ def guarded() -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.split(".")[0] in {"typer", "click"}:
             raise  # usage errors and exits are the command line library's own
-        _crash()
+        known = from_system_error(error)
+        if known is None:
+            _crash()
+        else:
+            _fail(known)
 
 
 def _fail(error: EdgetuneError) -> None:

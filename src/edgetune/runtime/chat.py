@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgetune import progress
-from edgetune.errors import EdgetuneError, InputError, from_os_error
+from edgetune.errors import EdgetuneError, InputError, from_system_error
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.session import Completion, Message, Session
@@ -93,7 +93,7 @@ class Chat:
         except EdgetuneError as error:
             self.notice(printable(error.text()))
         except OSError as error:
-            known = from_os_error(error)
+            known = from_system_error(error)
             if known is None:
                 raise
             self.notice(printable(known.text()))

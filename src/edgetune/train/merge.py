@@ -12,6 +12,7 @@ from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import write_json
 from edgetune.models import Base, load_model, load_tokenizer
+from edgetune.models.check import check_safetensors
 from edgetune.models.quiet import quiet
 from edgetune.recipe import MergeSection, ModelSection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
@@ -45,6 +46,7 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
         raise InputError(
             f"adapter_config.json is not JSON ({error})", where=adapter, fix="train or copy it again"
         ) from error
+    check_safetensors(adapter / "adapter_model.safetensors")
     if not isinstance(found, dict):
         raise InputError("adapter_config.json is not an object", where=adapter, fix="train or copy it again")
     return found

@@ -1,0 +1,186 @@
+"""Export of the tiny model, and the gate on it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import edgetune, write_jsonl
+from edgetune.alone import export_model, verify_artifact
+from edgetune.errors import EdgetuneError, InputError
+from edgetune.export.verify import failures
+from edgetune.recipe import ExportSection, Limits
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "tiny"
+    export_model(tiny_model, out, ExportSection(target="cpu-fp32", max_length=100))
+    return out
+
+
+@pytest.fixture
+def rows(tmp_path: Path, tiny_rows: list[dict[str, Any]]) -> Path:
+    return write_jsonl(tmp_path / "held_out.jsonl", tiny_rows)
+
+
+def test_an_artifact_has_what_the_design_says(artifact: Path, tiny_model: Path) -> None:
+    names = {path.name for path in artifact.iterdir()}
+    assert names >= {
+        "genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "golden.json", "inference_model.json", "README.md", "manifest.json",
+    }  # fmt: skip
+    config = json.loads((artifact / "genai_config.json").read_text())
+    assert config["search"]["max_length"] == 100 and config["model"]["context_length"] == 512
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert set(manifest["outputs"]) == names - {"manifest.json"}
+    golden = json.loads((artifact / "golden.json").read_text())
+    assert golden["stop_ids"] == [2] and len(golden["prompts"]) == 4
+    template = json.loads((artifact / "inference_model.json").read_text())["PromptTemplate"]
+    assert "{Content}" in template["prompt"] and template["assistant"].startswith("{Content}")
+
+
+def test_nothing_in_it_names_this_machine(artifact: Path, tiny_model: Path) -> None:
+    for path in artifact.iterdir():
+        data = path.read_bytes()
+        for word in (str(tiny_model), str(artifact.parent), str(Path.home())):
+            assert word.encode() not in data, f"{path.name} has {word}"
+
+
+def test_it_loads_in_plain_onnxruntime_genai(artifact: Path) -> None:
+    from edgetune.runtime import genai
+
+    og = genai()
+    model = og.Model(str(artifact))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=12, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(og.Tokenizer(model).encode("What is"))
+    generator.generate_next_token()
+    assert len(generator.get_sequence(0)) > 1
+
+
+def test_float32_passes_with_next_to_no_difference(
+    artifact: Path, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    report = verify_artifact(artifact, tiny_model, rows, 5, {}, tmp_path / "out")
+    assert report["passed"] and report["kld_mean"] < 1e-5 and report["top1_agreement"] == 1.0
+    assert report["perplexity"]["ratio"] == pytest.approx(1, abs=1e-4) and report["rows"] == 5
+    assert report["kld_mean"] <= report["kld_p99"] <= report["kld_max"]
+    assert [text["divergent_at"] for text in report["golden"]] == [None] * 4
+    assert json.loads((tmp_path / "out/report.json").read_text())["passed"] is True
+
+
+def test_another_model_fails_and_the_numbers_are_right(
+    artifact: Path, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """KL divergence and perplexity against a straightforward computation over whole rows."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from edgetune.models import load_model
+
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    changed = load_model(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in changed.named_parameters():
+            if "mlp" in name:
+                weight.mul_(1.3)
+    changed.save_pretrained(other)
+    report = verify_artifact(artifact, other, rows, 3, {}, None)
+    assert not report["passed"] and any("kld_mean" in text for text in report["failures"])
+    tokenizer, original = AutoTokenizer.from_pretrained(tiny_model), load_model(tiny_model, dtype=torch.float32)
+    kld, loss, count = 0.0, 0.0, 0
+    for line in rows.read_text().splitlines()[:3]:
+        messages = json.loads(line)["messages"]
+        start = len(
+            tokenizer(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))[
+                "input_ids"
+            ]
+        )
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+        end = max(i for i, token in enumerate(ids) if token == 2) + 1
+        p, q = (m(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1) for m in (changed, original))
+        at = slice(start - 1, end - 1)
+        kld += (p[at].exp() * (p[at] - q[at])).sum().item()
+        loss -= sum(q[i - 1, ids[i]].item() for i in range(start, end))
+        count += end - start
+    assert report["tokens"] == count
+    assert report["kld_mean"] == pytest.approx(kld / count, rel=1e-3)
+    assert report["perplexity"]["artifact"] == pytest.approx(torch.tensor(loss / count).exp().item(), rel=1e-3)
+
+
+def test_gate_on_the_command_line(artifact: Path, tiny_model: Path, rows: Path) -> None:
+    ask = ["verify", artifact, "--against", tiny_model, "--data", rows, "--rows", "2"]
+    passed = edgetune(*ask, "--json")
+    assert passed.returncode == 0 and json.loads(passed.stdout)["passed"], passed.stderr
+    missed = edgetune(*ask, "--limit", "kld_mean=1e-12", "--limit", "top1_agreement=1")
+    assert missed.returncode == 3 and "kld_mean" in missed.stderr and "NOT PASSED" in missed.stdout
+    wrong = edgetune(*ask, "--limit", "kld=1")
+    assert wrong.returncode == 2 and "kld_mean" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"kld_mean": 0.06}, ["kld_mean"]),
+        ({"kld_p99": 0.6}, ["kld_p99"]),
+        ({"top1_agreement": 0.89}, ["top1_agreement"]),
+        ({"perplexity": {"ratio": 1.06}}, ["perplexity_ratio"]),
+        ({"kld_mean": float("nan")}, ["kld_mean"]),
+    ],
+)
+def test_each_limit_is_looked_at(changes: dict[str, Any], expected: list[str]) -> None:
+    good = {"kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.97, "perplexity": {"ratio": 1.0}}
+    found = failures({**good, **changes}, Limits())
+    assert [text.split()[0] for text in found] == expected
+
+
+def test_what_cannot_be_exported(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    unknown = tmp_path / "gpt2"
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2)
+    ).save_pretrained(unknown)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(unknown)
+    with pytest.raises(InputError, match="cannot export this model"):
+        export_model(unknown, tmp_path / "out", ExportSection(max_length=32))
+    plain = Path(shutil.copytree(tiny_model, tmp_path / "no-template"))
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="chat template"):
+        export_model(plain, tmp_path / "out", ExportSection(max_length=32))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError):
+        export_model(tmp_path / "nothing", tmp_path / "out", ExportSection())
+
+
+def test_a_builder_that_dies_is_explained_with_its_last_words(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "odd.yaml"
+    target.write_text("description: x\nneeds: y\nprovider: cpu\nprecision: int4\noptions: {block_size: 17}\n")
+    with pytest.raises(EdgetuneError) as caught:
+        export_model(tiny_model, tmp_path / "out", ExportSection(target=str(target)))
+    assert re.search("model builder failed|its last lines", str(caught.value)) and not (tmp_path / "out").exists()
+
+
+def test_phi3_exports_and_passes(tmp_path: Path) -> None:
+    from conftest import SHARED
+
+    model = SHARED / "models/stories15M-phi3"
+    if not model.is_dir():
+        pytest.skip("needs ../shared/models/stories15M-phi3, which lies beside the checkout of developers only")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [
+        {"messages": [{"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": "Once upon a time there was a dog."}]},
+        {"messages": [{"role": "user", "content": "Another."}, {"role": "assistant", "content": "A girl had a red ball."}]},
+    ])  # fmt: skip
+    export_model(model, tmp_path / "phi3", ExportSection(target="cpu-fp32"))
+    report = verify_artifact(tmp_path / "phi3", model, rows, None, {}, None)
+    assert report["passed"] and report["kld_mean"] < 1e-4
