@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-
-import httpx
 
 from edgetune.errors import InputError
 from edgetune.runtime.options import GenerationOptions
@@ -99,12 +99,41 @@ def ask(content: Any = "echo hello", **more: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **more}
 
 
-def post(address: str, body: Any, **more: Any) -> httpx.Response:
+@dataclass
+class Response:
+    """What came back, read to its end."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def call(method: str, url: str, body: bytes | Iterable[bytes] | None = None) -> Response:
+    """One request on a connection of its own; an iterable is sent in chunks."""
+    host, slash, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=10)
+    try:
+        connection.request(method, slash + path, body)
+        response = connection.getresponse()
+        return Response(response.status, response.headers, response.read().decode())
+    finally:
+        connection.close()
+
+
+def get(url: str) -> Response:
+    """GET a URL."""
+    return call("GET", url)
+
+
+def post(address: str, body: Any) -> Response:
     """POST a body to the chat route."""
-    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=10, **more)
+    return call("POST", f"{address}/v1/chat/completions", json.dumps(body).encode())
 
 
-def events(response: httpx.Response) -> list[Any]:
+def events(response: Response) -> list[Any]:
     """The `data:` lines of a stream, as JSON; `[DONE]` as it is."""
     texts = [line.removeprefix("data: ") for line in response.text.split("\n") if line]
     return [text if text == "[DONE]" else json.loads(text) for text in texts]
