@@ -80,7 +80,7 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[str]:
         while (text := await self.texts.get()) is not None:
             yield text
-        if self.task is None or not self.task.done() or self.task.cancelled():
+        if self.task is None or self.stop.is_set():  # even where it ended meanwhile: not all text was read
             raise Cancelled
         error = self.task.exception()
         if isinstance(error, Refused):
@@ -89,8 +89,6 @@ class Answer:
             raise Failed(error.what) from error
         if error:
             raise Failed(f"the generation failed: {type(error).__name__}: {error}") from error
-        if self.result().finish_reason == "cancelled":
-            raise Cancelled
 
     def result(self) -> Completion:
         """How the generation ended; only after iterating to the end."""
