@@ -1,0 +1,70 @@
+"""The real SmolLM2-135M from rows to an answer: the quickstart with fewer steps, and the gate that a ruined model fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import _REAL_HOME, edgetune
+
+pytestmark = pytest.mark.real
+
+FEWER = [
+    "train.max_steps=12", "train.evaluations=1", "verify.rows=8", "verify.golden_tokens=12",
+    "bench.repetitions=2", "bench.warmup=0", "bench.new_tokens=16", "bench.prompt_tokens=64",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the shortened quickstart has been run."""
+    folder = tmp_path_factory.mktemp("real")
+    done = edgetune("run", "quickstart", *FEWER, "--json", cwd=folder, env=home())
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "result.json").write_text(done.stdout)
+    return folder
+
+
+def home() -> dict[str, str]:
+    """The home that keeps the real model between test runs."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune"
+    return {"EDGETUNE_HOME": _REAL_HOME or str(default)}
+
+
+def test_the_numbers_that_others_rely_on(real: Path) -> None:
+    reports = json.loads((real / "result.json").read_text())["reports"]
+    train, merge, verify, bench = (reports[name] for name in ("train", "merge", "verify", "bench"))
+    assert train["validation"]["after"]["loss"] < train["validation"]["before"]["loss"]
+    assert merge["max_logprob_difference"] < merge["tolerance"] and merge["tied_embeddings"]
+    assert verify["passed"] and verify["kld_mean"] < 0.02 and verify["top1_agreement"] > 0.93
+    assert {"kld_p99", "kld_max"} <= verify.keys() and {"merged", "artifact"} <= verify["perplexity"].keys()
+    for name in ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"):
+        assert bench[name]["p50"] > 0
+    assert bench["itl_ms"]["p95"] > 0 and bench["load_s"] > 0 and bench["peak_rss_mb"] > 100 and bench["size_mb"] > 200
+    for name in ("train", "merge", "export", "verify", "bench"):
+        assert json.loads((real / f"runs/quickstart/{name}/report.json").read_text()) == reports[name]
+
+
+def test_the_second_run_says_that_nothing_changed(real: Path) -> None:
+    again = edgetune("run", "quickstart", *FEWER, cwd=real, env=home())
+    assert again.returncode == 0 and "nothing changed" in again.stdout, again.stderr
+    assert "done" not in again.stderr
+
+
+def test_chat_answers_paris(real: Path) -> None:
+    said = edgetune("chat", "runs/quickstart/artifact", cwd=real, stdin="What is the capital of France?\n", env=home())
+    assert said.returncode == 0 and "Paris" in said.stdout, said.stdout + said.stderr
+    once = edgetune(
+        "generate", "runs/quickstart", "What is the capital of France?", "--max-tokens", "12", cwd=real, env=home()
+    )
+    assert once.returncode == 0 and "Paris" in once.stdout, once.stderr
+
+
+def test_the_gate_refuses_plain_int4(real: Path) -> None:
+    ruined = edgetune("run", "quickstart", *FEWER, "export.target=cpu-int4", cwd=real, env=home())
+    assert ruined.returncode == 3, ruined.stderr
+    assert "the gate is not passed" in ruined.stderr and "export.target=cpu-int8" in ruined.stderr
+    report = json.loads((real / "runs/quickstart/verify/report.json").read_text())
+    assert not report["passed"] and report["kld_mean"] > 0.1
