@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import edgetune, write_jsonl
-from edgetune import recipe
+from edgetune import recipe_file
 from edgetune.errors import GateError, InputError
 from edgetune.files import TMP_PREFIX
 from edgetune.pipeline import STAGES, Pipeline, Result
@@ -42,7 +42,7 @@ def project(tmp_path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]], m
 
 
 def run(*overrides: str, **how: Any) -> Result:
-    return Pipeline(recipe.load("tiny.yaml", overrides)).run(**how)
+    return Pipeline(recipe_file.load("tiny.yaml", overrides)).run(**how)
 
 
 def redone(result: Result) -> list[str]:
@@ -157,7 +157,7 @@ def test_ctrl_c_ends_with_a_word_and_no_leftovers(project: Path) -> None:
 
 def test_interrupted_and_resumed_equals_uninterrupted(project: Path) -> None:
     long = ["train.epochs=6", "train.evaluations=6", "train.dropout=0.1"]
-    Pipeline(recipe.load("tiny.yaml", [*long, "name=whole"])).run(until="train")
+    Pipeline(recipe_file.load("tiny.yaml", [*long, "name=whole"])).run(until="train")
 
     class Stop(Exception):
         pass
@@ -174,8 +174,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(project: Path) -> None:
 
         patch.setattr(checkpoints.Checkpoints, "complete", stop_after_second)
         with pytest.raises(Stop):
-            Pipeline(recipe.load("tiny.yaml", [*long, "name=cut"])).run(until="train")
-    resumed = Pipeline(recipe.load("tiny.yaml", [*long, "name=cut"])).run(until="train")
+            Pipeline(recipe_file.load("tiny.yaml", [*long, "name=cut"])).run(until="train")
+    resumed = Pipeline(recipe_file.load("tiny.yaml", [*long, "name=cut"])).run(until="train")
     metrics = [json.loads(line) for line in (project / "runs/cut/train/metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (project / "runs/whole/train/metrics.jsonl").read_text().splitlines()]
     for row in [*metrics, *expected]:
@@ -206,7 +206,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(project: Path) -> None:
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_differ(project: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        Pipeline(recipe.load("tiny.yaml", [f"name={name}", f"seed={seed}"])).run(until="train")
+        Pipeline(recipe_file.load("tiny.yaml", [f"name={name}", f"seed={seed}"])).run(until="train")
     adapters = [read_manifest(project / f"runs/{n}/adapter")["outputs"]["adapter_model.safetensors"] for n in "abc"]
     assert adapters[0] == adapters[1] != adapters[2]
 
@@ -234,8 +234,8 @@ def test_wrong_input_is_one_message_and_leaves_no_half_run(project: Path, overri
 def test_the_second_run_is_quick_and_needs_no_torch(project: Path) -> None:
     run()
     code = (
-        "import sys; from edgetune import recipe; from edgetune.pipeline import Pipeline\n"
-        "result = Pipeline(recipe.load('tiny.yaml')).run()\n"
+        "import sys; from edgetune import recipe_file; from edgetune.pipeline import Pipeline\n"
+        "result = Pipeline(recipe_file.load('tiny.yaml')).run()\n"
         "assert not any(result.done.values()), result.done\n"
         "print(sorted({'torch', 'transformers', 'peft', 'onnxruntime'} & sys.modules.keys()))"
     )

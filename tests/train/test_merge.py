@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from conftest import edgetune
-from edgetune.alone import merge_adapter
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.models import load_model, load_tokenizer, resolve, stop_ids
 from edgetune.recipe import MergeSection, ModelSection
+from edgetune.standalone import merge_adapter
 from edgetune.train.merge import merge
 
 

@@ -34,9 +34,9 @@ def command(
       edgetune export runs/quickstart/merged --target cpu-fp32 --out fp32
       edgetune export ./my-model --target cpu-int8 --max-length 1024 --out ./artifact
     """
-    from edgetune.alone import export_model
     from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
+    from edgetune.standalone import export_model
 
     given = {name: value for name, value in (("target", target), ("max_length", max_length)) if value is not None}
     try:

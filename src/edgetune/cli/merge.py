@@ -29,8 +29,8 @@ def command(
       edgetune merge runs/quickstart/adapter --out my-model
       edgetune merge ./adapter --base ./base-model --out ./merged
     """
-    from edgetune.alone import merge_adapter
     from edgetune.recipe import ModelSection
+    from edgetune.standalone import merge_adapter
 
     target = out or adapter.absolute().parent / "merged"
     found = merge_adapter(adapter, target, ModelSection(id=base) if base else None)

@@ -25,7 +25,7 @@ def ls(json: Json = False) -> None:
     Example:
       edgetune recipes ls
     """
-    from edgetune.recipe import load, shipped
+    from edgetune.recipe_file import load, shipped
 
     found = [(path.stem, load(str(path)).recipe) for path in sorted(shipped("recipes").glob("*.yaml"))]
     if json:
@@ -47,7 +47,7 @@ def show(name: Name) -> None:
     Example:
       edgetune recipes show quickstart
     """
-    from edgetune.recipe import find
+    from edgetune.recipe_file import find
 
     typer.echo(find(name).read_text(encoding="utf-8"), nl=False)
 
@@ -64,7 +64,7 @@ def cp(
       edgetune recipes cp quickstart .
       edgetune recipes cp quickstart mine.yaml
     """
-    from edgetune.recipe import copy
+    from edgetune.recipe_file import copy
 
     for path in copy(name, to):
         typer.echo(str(path))

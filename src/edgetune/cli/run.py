@@ -10,7 +10,7 @@ from edgetune.cli._common import Json, print_json, print_table
 from edgetune.errors import WRONG_INPUT
 
 if TYPE_CHECKING:
-    from edgetune.recipe import LoadedRecipe
+    from edgetune.recipe_file import LoadedRecipe
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
@@ -49,7 +49,7 @@ def command(
       edgetune run recipe.yaml --from export
       edgetune run recipe.yaml --dry-run
     """
-    from edgetune.recipe import load
+    from edgetune.recipe_file import load
 
     loaded = load(recipe, overrides or [])
     if dry_run:

@@ -30,7 +30,7 @@ def command(
       edgetune train recipe.yaml --resume
     """
     from edgetune.pipeline import Pipeline
-    from edgetune.recipe import load
+    from edgetune.recipe_file import load
     from edgetune.summary import as_json, summary
 
     result = Pipeline(load(recipe, overrides or [])).run(until="train", first="train" if force else None, resume=resume)

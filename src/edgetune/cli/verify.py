@@ -39,10 +39,10 @@ def command(
       edgetune verify ./artifact --against ./merged --data rows.jsonl --rows 100
       edgetune verify runs/quickstart --limit top1_agreement=0.95 --json
     """
-    from edgetune.alone import verify_artifact
     from edgetune.errors import GateError
     from edgetune.pipeline import advice
-    from edgetune.recipe import limits_from
+    from edgetune.recipe_file import limits_from
+    from edgetune.standalone import verify_artifact
 
     found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out)
     if json:

@@ -64,7 +64,7 @@ class Examined:
 def train_files(section: DataSection) -> list[Path]:
     """The recipe's training files."""
     files = section.train if isinstance(section.train, list) else [section.train]
-    return [Path(file).expanduser() for file in files]
+    return [Path(file) for file in files]
 
 
 def examine(section: DataSection, *, seed: int, renderer: Renderer | None, context: int | None) -> Examined:
@@ -85,7 +85,7 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
     limit = _limit(section, context) if renderer is not None else None
     counts, problems = Counts(), Problems()
     files, given = train_files(section), section.validation
-    held = [Path(given).expanduser()] if isinstance(given, str) else []
+    held = [Path(given)] if isinstance(given, str) else []
     called = dict(zip([*files, *held], names([*files, *held]), strict=True))
     train = _side("train", files, called, section, counts, problems)
     validation: list[Example] = []

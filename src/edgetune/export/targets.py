@@ -10,7 +10,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from edgetune.errors import InputError
-from edgetune.recipe import Section, shipped
+from edgetune.recipe import Section
+from edgetune.recipe_file import shipped
 
 
 class Target(Section):
