@@ -66,7 +66,10 @@ def _build(model: Path, artifact: Path) -> Path:
         "options": {},
     }
     command = [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as builder:
+        assert builder.stdout  # its stdin stays open: the builder ends with whoever started it
+        said = builder.stdout.read()
+    assert builder.returncode == 0, said.decode()
     config = json.loads((artifact / "genai_config.json").read_text())
     config["search"]["max_length"] = MAX_LENGTH
     (artifact / "genai_config.json").write_text(json.dumps(config))

@@ -16,10 +16,10 @@ import pytest
 
 from conftest import edgetune, write_jsonl
 from edgetune import recipe_file
-from edgetune.errors import GateError, InputError
+from edgetune.errors import InputError
 from edgetune.files import TMP_PREFIX
-from edgetune.pipeline import STAGES, Pipeline, Result
-from edgetune.run import read_manifest
+from edgetune.pipeline import Pipeline, Result
+from edgetune.run import STAGES, read_manifest
 from edgetune.summary import as_json, summary
 
 SETTINGS = """
@@ -103,15 +103,45 @@ def test_a_run_and_what_is_redone_after_a_change(project: Path) -> None:
 def test_a_missed_gate_keeps_the_artifact_and_says_so_each_time(project: Path) -> None:
     strict = ["verify.limits.kld_mean=1e-9", "export.target=cpu-int8"]
     for _ in range(2):
-        with pytest.raises(GateError, match="kld_mean") as caught:
-            run(*strict)
-        assert caught.value.exit_code == 3 and "cpu-fp32" in str(caught.value)
+        missed = run(*strict).missed
+        assert missed and missed.exit_code == 3 and "kld_mean" in str(missed) and "cpu-fp32" in str(missed)
     folder = project / "runs/tiny"
     assert (folder / "artifact/model.onnx").is_file() and not (folder / "bench").exists()
     assert "NOT PASSED" in (folder / "artifact/README.md").read_text()
     from edgetune.runtime.artifact import open_artifact
 
     open_artifact(folder / "artifact")  # card and manifest were rewritten together
+    shown = edgetune("run", "tiny.yaml", *strict, "--json")
+    assert shown.returncode == 3 and json.loads(shown.stdout)["passed"] is False and "kld_mean" in shown.stderr
+
+
+def test_what_turns_rows_into_tokens_is_part_of_training(project: Path, tiny_model: Path) -> None:
+    assert redone(run(until="train")) == ["data", "train"]
+    template = (tiny_model / "chat_template.jinja").read_text()
+    (project / "other.jinja").write_text(template.replace("You help.", "You answer."))
+    assert redone(run("model.chat_template=other.jinja", until="merge")) == ["data", "train", "merge"]
+    assert (project / "runs/tiny/merged/chat_template.jinja").read_text() == (project / "other.jinja").read_text()
+    assert redone(run("model.chat_template=other.jinja", "data.max_length=100", until="train")) == ["data", "train"]
+
+
+def test_a_merge_alone_keeps_template_and_stop_token_of_the_training(project: Path, tiny_model: Path) -> None:
+    """The template's end of turn is none of the model's stop ids here: the merged model must stop at it all the same."""
+    import shutil
+
+    other = Path(shutil.copytree(tiny_model, project / "other-model"))
+    (other / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (project / "other.jinja").write_text(
+        (tiny_model / "chat_template.jinja").read_text().replace("You help.", "You answer.")
+    )
+    run(f"model.id={other}", "model.chat_template=other.jinja", until="train")
+    done = edgetune("merge", "runs/tiny/adapter", "--out", "alone", "--json")
+    assert done.returncode == 0, done.stderr
+    from edgetune.models import stop_ids
+
+    assert stop_ids(project / "alone") == [0, 2]
+    assert "You answer." in (project / "alone/chat_template.jinja").read_text()
+    refused = edgetune("export", "alone", "--out", "runs/tiny/artifact")
+    assert refused.returncode == 2 and "belongs to a run" in refused.stderr
 
 
 def test_kill_9_in_every_stage_then_the_same_result(project: Path) -> None:

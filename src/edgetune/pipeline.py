@@ -8,39 +8,51 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
+from edgetune.data.examine import train_files, validation_files
 from edgetune.errors import GateError, InputError
 from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
-from edgetune.run import FOLDERS, RunFolder, Work, seal
+from edgetune.run import STAGES, RunFolder, Work, seal
 
 if TYPE_CHECKING:
+    from edgetune.data.render import Encoded
     from edgetune.models import Base
-
-STAGES = tuple(FOLDERS)
 
 
 @dataclass
 class Result:
-    """What a run did: for each stage why it was done, or None where it was fresh."""
+    """What a run did.
+
+    Attributes:
+        path: the run folder.
+        recipe: the recipe, as it was named on the command line.
+        done: for each stage why it was done, or None where it was fresh.
+        reports: each stage's report.
+        missed: what the gate said if a limit was missed; bench was not run then.
+    """
 
     path: Path
+    recipe: str
     done: dict[str, str | None] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missed: GateError | None = None
 
 
 class Pipeline:
     """The stages of one recipe in one run folder."""
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
+    def __init__(self, loaded: LoadedRecipe, base: Base | None = None) -> None:
         self.recipe = loaded.recipe
         self.folder = RunFolder(loaded.run_dir)
-        self._base: Base | None = None
-        self._do: dict[str, Callable[[Work, bool], None]] = {
+        self._named = str(loaded.path)
+        self._base = base
+        self._resume = True
+        self._do: dict[str, Callable[[Work], None]] = {
             "data": self._data,
             "train": self._train,
             "merge": self._merge,
@@ -68,62 +80,67 @@ class Pipeline:
             force: redo every stage.
             resume: go on from a training's last checkpoint where one lies.
 
+        Returns:
+            What was done. Where the artifact misses a limit, `missed` says which; all is kept, and bench is not run.
+
         Raises:
-            GateError: the artifact misses a limit; all is kept, and bench is not run.
+            InputError: the recipe's data, model or target cannot be used.
+            EdgetuneError: a stage failed.
         """
         wanted = STAGES[: STAGES.index(until) + 1]
         if first and first not in wanted:
             raise InputError(f"--from {first} lies after --until {until}", fix=f"stages in order: {', '.join(STAGES)}")
         self._look_before()
-        result = Result(self.folder.path)
-        forced = force
-        with self._no_empty_run(), self.folder.locked(), self._held(self.base()):
+        self._resume = resume and not force
+        result = Result(self.folder.path, self._named)
+        with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
             for stage in wanted:
-                forced = forced or stage == first
-                self._one(stage, result, forced, resume and not force)
-                if stage == "verify":
-                    self._gate(result)
+                force = force or stage == first
+                self._one(stage, result, force)
+                if stage == "verify" and not result.reports[stage]["passed"]:
+                    from edgetune.export.verify import gate_error
+
+                    result.missed = gate_error(result.reports[stage], self.folder.output("export"))
+                    break
             self._card(result)
         return result
 
     @contextlib.contextmanager
     def _no_empty_run(self) -> Iterator[None]:
-        """Remove the run folder again where a failure left nothing in it but the recipe."""
+        """Remove the run folder again where a failure left nothing in it but the recipe. Its lock is held."""
         from edgetune.leases import forget_run
 
         try:
             yield
         except BaseException:
             path = self.folder.path
-            if path.is_dir() and {found.name for found in path.iterdir()} <= {"recipe.json", ".lock"}:
+            if {found.name for found in path.iterdir()} <= {"recipe.json", ".lock"}:
                 shutil.rmtree(path, ignore_errors=True)
                 forget_run(path.absolute())
             raise
 
     def _look_before(self) -> None:
         """Refuse what is sure to fail later, before anything is fetched or written."""
-        from edgetune.data.examine import train_files
         from edgetune.export.targets import load_target
 
         load_target(self.recipe.export.target)
-        held_out = self.recipe.data.validation
-        for path in [
-            *train_files(self.recipe.data),
-            *([Path(held_out)] if isinstance(held_out, str) else []),
-        ]:
+        for path in [*train_files(self.recipe.data), *validation_files(self.recipe.data)]:
             self._hash(path)
-        if self.recipe.model.chat_template and not Path(self.recipe.model.chat_template).is_file():
-            raise InputError(
-                "no such file", where="model.chat_template", fix=f"check {self.recipe.model.chat_template}"
-            )
+        template = self.recipe.model.chat_template
+        if template and not Path(template).is_file():
+            raise InputError("no such file", where="model.chat_template", fix=f"check {template}")
 
-    def _one(self, stage: str, result: Result, forced: bool, resume: bool) -> None:
+    def _one(self, stage: str, result: Result, forced: bool) -> None:
         work = self.work(stage)
-        why = "asked for" if forced else self.folder.stale(work)
+        why = self.folder.stale(work)
+        if stage == "train" and why is None:  # an interrupted run may have left them after the adapter was in place
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        if forced:
+            why = "asked for"
         result.done[stage] = why
         if why:
             progress.say(f"{stage}: {why}")
-            self._do[stage](work, resume)
+            self._do[stage](work)
             _release_memory()
         elif any(result.done.values()):
             progress.say(f"{stage}: unchanged")
@@ -136,30 +153,27 @@ class Pipeline:
         recipe, base, content = self.recipe, self.base(), self.folder.content
         base_id = {"id": base.id, "revision": base.revision, "sha256": base.digest}
         template = sha256_file(Path(recipe.model.chat_template)) if recipe.model.chat_template else None
+        # What decides how prepared rows become tokens.
+        reading = {"train_on": recipe.data.train_on, "max_length": recipe.data.max_length, "chat_template": template}
         if stage == "data":
-            from edgetune.data.examine import train_files
-
-            reading = {name: value for name, value in base.files.items() if not name.endswith((".safetensors", ".py"))}
+            tokenizer = {
+                name: value for name, value in base.files.items() if not name.endswith((".safetensors", ".py"))
+            }
             options = recipe.data.model_dump(exclude={"train", "validation"})
             if not isinstance(recipe.data.validation, str):
                 options["validation"] = recipe.data.validation.model_dump()
-            files = {"train": [self._hash(path) for path in train_files(recipe.data)]}
-            if isinstance(recipe.data.validation, str):
-                files["validation"] = [self._hash(Path(recipe.data.validation))]
-            return Work(
-                stage,
-                {"rows": files, "tokenizer": digest(reading), "chat_template": template},
-                {**options, "seed": recipe.seed},
-            )
+            inputs = {
+                "train rows": [self._hash(path) for path in train_files(recipe.data)],
+                "validation rows": [self._hash(path) for path in validation_files(recipe.data)],
+                "tokenizer": digest(tokenizer),
+                "chat template": template,
+            }
+            return Work(stage, inputs, {**options, "seed": recipe.seed})
         if stage == "train":
-            options = {**recipe.train.model_dump(), "seed": recipe.seed, "train_on": recipe.data.train_on}
+            options = {**recipe.train.model_dump(), **reading, "seed": recipe.seed}
             return Work(stage, {"base": base_id, "data": content("data")}, options)
         if stage == "merge":
-            return Work(
-                stage,
-                {"base": base_id, "adapter": content("train"), "chat_template": template},
-                recipe.merge.model_dump(),
-            )
+            return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
         if stage == "export":
             from edgetune.export.targets import load_target
 
@@ -168,7 +182,7 @@ class Pipeline:
             return Work(stage, {"merged": content("merge")}, options)
         if stage == "verify":
             inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
-            return Work(stage, inputs, recipe.verify.model_dump())
+            return Work(stage, inputs, {**recipe.verify.model_dump(), **reading})
         from edgetune.runtime.hardware import cpu
 
         return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(cpu())})
@@ -193,73 +207,89 @@ class Pipeline:
         with lease(base.path, "edgetune run"):
             yield base
 
-    def _encoded(self, which: str) -> list[Any]:
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder.path / "checkpoints"
+
+    def _tokenizer(self) -> Any:
+        from edgetune.models import load_tokenizer
+
+        model = self.recipe.model
+        return load_tokenizer(
+            self.base().path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
+        )
+
+    def _encoded(self, which: str, rows: int | None = None) -> list[Encoded]:
+        """The first `rows` prepared rows, or all of them."""
         from edgetune.data.batch import encode_file
-        from edgetune.models import context_length, load_tokenizer
+        from edgetune.data.render import Renderer
+        from edgetune.models import context_length, stop_ids
 
-        recipe, base = self.recipe, self.base()
-        tokenizer = load_tokenizer(
-            base.path,
-            trust_remote_code=recipe.model.trust_remote_code,
-            chat_template=recipe.model.chat_template,
+        path = self.base().path
+        renderer = Renderer(self._tokenizer(), set(stop_ids(path)))
+        longest = self.recipe.data.max_length or context_length(path)
+        return encode_file(
+            self.folder.output("data") / f"{which}.jsonl", renderer, self.recipe.data.train_on, longest, rows
         )
-        longest = recipe.data.max_length or context_length(base.path)
-        return encode_file(self.folder.output("data") / f"{which}.jsonl", tokenizer, recipe.data.train_on, longest)
 
-    def _data(self, work: Work, resume: bool) -> None:
+    def _data(self, work: Work) -> None:
         from edgetune.data.prepare import prepare
-        from edgetune.models import context_length, load_tokenizer, stop_ids
+        from edgetune.models import context_length, stop_ids
 
-        model, base = self.recipe.model, self.base()
-        tokenizer = load_tokenizer(
-            base.path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
-        )
+        path = self.base().path
         with staged_folder(self.folder.output("data")) as out:
             prepare(
                 self.recipe.data,
                 seed=self.recipe.seed,
-                tokenizer=tokenizer,
-                context=context_length(base.path),
-                stop_ids=set(stop_ids(base.path)),
+                tokenizer=self._tokenizer(),
+                context=context_length(path),
+                stop_ids=set(stop_ids(path)),
                 out=out,
             )
             seal(out, work)
 
-    def _train(self, work: Work, resume: bool) -> None:
+    def _train(self, work: Work) -> None:
         from edgetune.train.trainer import Job, train
 
-        checkpoints = self.folder.path / "checkpoints"
         job = Job(
             self.base(),
+            self._tokenizer(),
             self._encoded("train"),
             self._encoded("validation"),
             self.recipe.seed,
             work.key,
             self.recipe.model.trust_remote_code,
         )
-        with self._staged("train", work) as (report, adapter):
-            train(self.recipe.train, job, report=report, adapter=adapter, checkpoints=checkpoints, resume=resume)
-        shutil.rmtree(checkpoints)
+        turn = self.folder.report("data").get("turn")  # absent for plain text
+        with self._staged("train", work, stop_id=turn["stop_id"] if turn else None) as (report, adapter):
+            train(
+                self.recipe.train,
+                job,
+                report=report,
+                adapter=adapter,
+                checkpoints=self._checkpoints,
+                resume=self._resume,
+            )
+        shutil.rmtree(self._checkpoints)
 
-    def _merge(self, work: Work, resume: bool) -> None:
+    def _merge(self, work: Work) -> None:
         from edgetune.train.merge import merge
 
-        require_space(self.folder.path, 4 * self._parameters(), "the merged model")
-        rows = [row.ids[:512] for row in self._encoded("validation")[: self.recipe.merge.rows]]
-        turn = self.folder.report("data").get("turn")  # absent for plain text
+        require_space(self.folder.path, 4 * int(self.folder.report("train")["parameters"]), "the merged model")
+        rows = [row.ids[:512] for row in self._encoded("validation", self.recipe.merge.rows)]
         with self._staged("merge", work) as (report, merged):
             merge(
                 self.recipe.merge,
-                self.recipe.model,
                 self.base(),
                 self.folder.output("train"),
                 rows,
-                stop_id=turn["stop_id"] if turn else None,
+                trust_remote_code=self.recipe.model.trust_remote_code,
                 report=report,
                 merged=merged,
             )
 
-    def _export(self, work: Work, resume: bool) -> None:
+    def _export(self, work: Work) -> None:
+        from edgetune.export.card import describe
         from edgetune.export.package import export
         from edgetune.export.targets import load_target
 
@@ -268,6 +298,8 @@ class Pipeline:
             "data": self.folder.content("data"),
             "adapter": self.folder.content("train"),
         }
+        for stage in ("verify", "bench"):  # what they say is about an artifact that is about to go
+            shutil.rmtree(self.folder.output(stage), ignore_errors=True)
         report, artifact = self.folder.folders("export")
         with staged_folder(report) as first, staged_folder(artifact) as second:
             export(
@@ -277,21 +309,24 @@ class Pipeline:
                 name=self.name,
                 chain=chain,
                 work=work,
+                trust_remote_code=self.recipe.model.trust_remote_code,
                 artifact=second,
                 report=first,
             )
             seal(first, work)
 
-    def _verify(self, work: Work, resume: bool) -> None:
+    def _verify(self, work: Work) -> None:
         from edgetune.export.verify import verify
         from edgetune.runtime.artifact import open_artifact
 
         artifact = open_artifact(self.folder.output("export")).path
         with staged_folder(self.folder.output("verify")) as out:
-            verify(artifact, self.folder.output("merge"), self._encoded("validation"), self.recipe.verify, out)
+            rows = self._encoded("validation", self.recipe.verify.rows)
+            trusted = self.recipe.model.trust_remote_code
+            verify(artifact, self.folder.output("merge"), rows, self.recipe.verify, out, trust_remote_code=trusted)
             seal(out, work)
 
-    def _bench(self, work: Work, resume: bool) -> None:
+    def _bench(self, work: Work) -> None:
         from edgetune.runtime.bench import bench
 
         with staged_folder(self.folder.output("bench")) as out:
@@ -299,34 +334,27 @@ class Pipeline:
             seal(out, work)
 
     @contextlib.contextmanager
-    def _staged(self, stage: str, work: Work) -> Iterator[tuple[Path, Path]]:
-        """The stage's two folders, sealed and put in place when the block ends well."""
+    def _staged(self, stage: str, work: Work, **extra: Any) -> Iterator[tuple[Path, Path]]:
+        """The stage's two folders, sealed (the output with `extra` keys) and put in place when the block ends well."""
         report, output = self.folder.folders(stage)
         with staged_folder(report) as first, staged_folder(output) as second:
             yield first, second
             seal(first, work)
-            seal(second, work)
-
-    def _gate(self, result: Result) -> None:
-        report = result.reports["verify"]
-        if not report["passed"]:
-            self._card(result)
-            raise GateError(
-                f"the gate is not passed: {'; '.join(report['failures'])}",
-                where=self.folder.output("export"),
-                fix=advice(report),
-            )
+            seal(second, work, **extra)
 
     def _card(self, result: Result) -> None:
-        from edgetune.export.card import card, rewrite_card
+        """Bring the artifact's card up to what is known of it, measurements of earlier runs included."""
+        from edgetune.export.card import card, describe, rewrite_card
         from edgetune.export.targets import load_target
 
-        if "export" in result.reports:
-            text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), result.reports)
-            rewrite_card(self.folder.output("export"), text)
-
-    def _parameters(self) -> int:
-        return int(self.folder.report("train")["parameters"])
+        if "export" not in result.reports:
+            return
+        known = dict(result.reports)
+        for stage in ("verify", "bench"):
+            if stage not in known and self.folder.stale(self.work(stage)) is None:
+                known[stage] = self.folder.report(stage)
+        text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), known)
+        rewrite_card(self.folder.output("export"), text)
 
 
 def _release_memory() -> None:
@@ -335,21 +363,3 @@ def _release_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def advice(report: dict[str, Any]) -> str:
-    """What to try when the gate is not passed."""
-    ruined = report["kld_mean"] > 0.2 or report["top1_agreement"] < 0.8
-    says = "at this precision it is another model than the one that was trained; " if ruined else ""
-    if report["precision"] == "fp32":
-        return f"{says}an export without rounding should pass: please report this model"
-    more = "export.target=cpu-int8" if report["precision"] == "int4" else "export.target=cpu-fp32"
-    return f"{says}choose more bits ({more}), or set verify.limits if this loss is acceptable to you"
-
-
-def describe(base: Base) -> dict[str, Any]:
-    """The base model as an artifact's manifest and card tell of it."""
-    found = {name: value for name, value in asdict(base).items() if name not in ("path", "files")}
-    if base.source in ("folder", "gguf"):
-        found["id"] = Path(base.id).name  # an artifact carries no path of this machine
-    return {**found, "sha256": base.digest}

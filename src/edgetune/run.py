@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 FORMAT = "edgetune/manifest/1"
 
 # Raised when a stage's code changes so that the same inputs and options give another result.
-STAGES = {"data": 1, "train": 1, "merge": 1, "export": 1, "verify": 1, "bench": 1}
+STAGE_VERSIONS = {"data": 1, "train": 1, "merge": 1, "export": 1, "verify": 1, "bench": 1}
 
 # Folders of each stage; the last one is what people and later stages use.
 FOLDERS = {
@@ -33,6 +33,8 @@ FOLDERS = {
     "verify": ("verify",),
     "bench": ("bench",),
 }
+
+STAGES = tuple(FOLDERS)
 
 # What only tells about the output is no part of what later stages depend on: the card has later measurements, reports have times.
 NOT_CONTENT = frozenset({"README.md", "report.json", MANIFEST})
@@ -52,7 +54,7 @@ class Work:
         return digest(
             {
                 "stage": self.stage,
-                "version": STAGES[self.stage],
+                "version": STAGE_VERSIONS[self.stage],
                 "inputs": self.inputs,
                 "options": self.options,
             }

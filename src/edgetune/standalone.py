@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import InputError
-from edgetune.files import staged_folder
-from edgetune.recipe import ExportSection, MergeSection, ModelSection, VerifySection
-from edgetune.run import Work, read_manifest, seal
+from edgetune.files import staged_folder, write_json
+from edgetune.leases import lease
+from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
+from edgetune.run import FOLDERS, Work, read_manifest, seal
 
 
-def merge_adapter(
-    adapter: Path, out: Path, model: ModelSection | None = None, tolerance: float | None = None
-) -> dict[str, Any]:
+def merge_adapter(adapter: Path, out: Path, model: ModelSection | None = None) -> dict[str, Any]:
     """Fold an adapter folder into its base.
 
     Args:
         adapter: peft adapter folder.
         out: folder of the merged model; replaced as a whole.
         model: the base; what adapter_config.json names when not given.
-        tolerance: see `MergeSection`.
 
     Returns:
         The report of `edgetune.train.merge.merge`, with `path`.
@@ -35,7 +32,7 @@ def merge_adapter(
     from edgetune.train.merge import check_adapter, merge
 
     config = check_adapter(adapter)
-    _not_inside(out, adapter)
+    _check_out(out, adapter, "merge")
     named = config.get("base_model_name_or_path")
     if model is None:
         if not named:
@@ -55,10 +52,19 @@ def merge_adapter(
     tokenizer = load_tokenizer(base.path, trust_remote_code=model.trust_remote_code)
     texts = [turn["content"] for conversation in CONVERSATIONS for turn in conversation]
     rows = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])]
-    section = MergeSection() if tolerance is None else MergeSection(tolerance=tolerance)
+    section = MergeSection()
     work = Work("merge", {"base": {"id": base.id, "sha256": base.digest}}, section.model_dump())
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as merged:
-        found = merge(section, model, base, adapter, rows, stop_id=None, report=Path(report), merged=merged)
+    held = lease(adapter, "edgetune merge"), lease(base.path, "edgetune merge")
+    with held[0], held[1], tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as merged:
+        found = merge(
+            section,
+            base,
+            adapter,
+            rows,
+            trust_remote_code=model.trust_remote_code,
+            report=Path(report),
+            merged=merged,
+        )
         seal(merged, work)
     return {"path": str(out), **found}
 
@@ -75,13 +81,13 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
     Returns:
         The report of `edgetune.export.package.export`, with `path`.
     """
+    from edgetune.export.card import describe
     from edgetune.export.package import export
     from edgetune.export.targets import load_target
     from edgetune.models import resolve
-    from edgetune.pipeline import describe
 
     target = load_target(section.target)
-    _not_inside(out, merged)
+    _check_out(out, merged, "export")
     base = resolve(ModelSection(id=str(merged.absolute())))
     named = name or (out.parent.name if out.name == "artifact" else out.name)
     options = {
@@ -90,7 +96,8 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
         "name": named,
     }
     work = Work("export", {"merged": base.digest}, options)
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as artifact:
+    held = lease(merged, "edgetune export")
+    with held, tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as artifact:
         found = export(
             merged,
             target,
@@ -98,6 +105,7 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
             name=named,
             chain={"base": describe(base)},
             work=work,
+            trust_remote_code=False,
             artifact=artifact,
             report=Path(report),
         )
@@ -120,7 +128,7 @@ def verify_artifact(
         data: examples in any form; `data/validation.jsonl` beside the artifact when not given.
         rows: how many; the run's own recipe decides when not given.
         limits: limits that replace the run's or the default ones.
-        out: folder for report.json, or None.
+        out: folder that gets report.json, or None; what else lies in it stays.
 
     Returns:
         The report of `edgetune.export.verify.verify`, with `path`.
@@ -128,7 +136,7 @@ def verify_artifact(
     from edgetune.data.examine import encode_any
     from edgetune.data.render import Renderer
     from edgetune.export.verify import verify
-    from edgetune.models import check_folder, load_tokenizer
+    from edgetune.models import check_folder, load_tokenizer, stop_ids
     from edgetune.runtime.artifact import open_artifact
 
     opened = open_artifact(artifact)
@@ -143,47 +151,43 @@ def verify_artifact(
             fix="name a file of examples: --data FILE",
         )
     check_folder(against)
-    recipe = _recipe(run)
-    section = VerifySection.model_validate(recipe.get("verify", {}))
-    section = section.model_copy(
-        update={
-            "rows": rows or section.rows,
-            "limits": section.limits.model_copy(update=limits),
-        }
-    )
-    renderer = Renderer(load_tokenizer(against))
-    encoded = encode_any(held_out, renderer, recipe.get("data", {}).get("train_on", "assistant"), opened.max_length)
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
-            found = verify(opened.path, against, encoded, section, Path(folder))
-    else:
-        with staged_folder(out) as folder:
-            found = verify(opened.path, against, encoded, section, folder)
+    section, train_on = _settings(run)
+    limited = section.limits.model_copy(update=limits)
+    section = section.model_copy(update={"rows": rows or section.rows, "limits": limited})
+    renderer = Renderer(load_tokenizer(against), set(stop_ids(against)))
+    encoded = encode_any(held_out, renderer, train_on, opened.max_length, section.rows)
+    with (
+        lease(opened.path, "edgetune verify"),
+        lease(against, "edgetune verify"),
+        tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
+    ):
+        found = verify(opened.path, against, encoded, section, Path(folder))
+    if out is not None:
+        write_json(out / "report.json", found)
     return {"path": str(opened.path), **found}
 
 
-def _recipe(run: Path) -> dict[str, Any]:
+def _settings(run: Path) -> tuple[VerifySection, Any]:
+    """What the recipe of the run around an artifact says of verifying; the defaults where there is none."""
     try:
-        found = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        recipe = Recipe.model_validate_json((run / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return VerifySection(), DataSection(train="").train_on
+    return recipe.verify, recipe.data.train_on
 
 
-def _not_inside(out: Path, source: Path) -> None:
-    """Refuse an output folder that would replace or lie inside its own input, or replace a folder of another kind."""
+def _check_out(out: Path, source: Path, stage: str) -> None:
+    """Refuse an output folder that is, holds or lies in the input, lies in a run, or holds anything but an earlier output."""
     new, old = out.absolute().resolve(), source.absolute().resolve()
     if new == old or new in old.parents or old in new.parents:
         raise InputError(
-            "the output folder would overwrite the input",
-            where=out,
-            fix="choose another folder: --out FOLDER",
+            "the output folder would overwrite the input", where=out, fix="choose another folder: --out FOLDER"
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise InputError(
-            "holds files that edgetune did not write",
-            where=out,
-            fix="choose an empty or a new folder: --out FOLDER",
-        )
+    if (out.parent / "recipe.json").is_file() and out.name in FOLDERS[stage]:
+        fix = f"choose another folder (--out FOLDER), or let the run do it: edgetune run RECIPE --from {stage}"
+        raise InputError("belongs to a run, whose other stages rest on it", where=out, fix=fix)
     if out.exists() and not out.is_dir():
         raise InputError("is a file", where=out, fix="choose a folder: --out FOLDER")
+    if out.is_dir() and any(out.iterdir()) and read_manifest(out).get("stage") != stage:
+        fix = "choose an empty or a new folder: --out FOLDER"
+        raise InputError(f"holds files that are no earlier output of edgetune {stage}", where=out, fix=fix)

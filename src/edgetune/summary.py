@@ -55,13 +55,11 @@ def summary(result: Result) -> list[tuple[str, str]]:
 
 def next_command(result: Result) -> str:
     """The command that a person would type now."""
+    if result.missed:
+        return f"edgetune run {result.recipe} export.target=…"
     if "export" in result.reports:
         return f"edgetune chat {result.path / 'artifact'}"
-    if "merge" in result.reports:
-        return f"edgetune export {result.path / 'merged'}"
-    if "train" in result.reports:
-        return f"edgetune merge {result.path / 'adapter'}"
-    return f"edgetune data check {result.path / 'recipe.json'}"
+    return f"edgetune run {result.recipe}"
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -69,6 +67,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "run": str(result.path),
         "stages": {stage: {"redone": why is not None, "why": why} for stage, why in result.done.items()},
+        "passed": None if "verify" not in result.reports else result.missed is None,
         "reports": result.reports,
         "next": next_command(result),
     }

@@ -13,6 +13,7 @@ from chat_templates import PHI, chat
 from conftest import write_jsonl
 from edgetune.data.batch import Encoded, collate, encode_file, load
 from edgetune.data.prepare import Prepared, prepare
+from edgetune.data.render import Renderer
 from edgetune.errors import InputError
 from edgetune.recipe import DataSection
 
@@ -52,7 +53,7 @@ def test_files_and_report(tmp_path: Path, tiny: Any, tiny_rows: list[Any]) -> No
     assert report["turn"] == {"before": "", "after": "<|im_end|>", "stop": "<|im_end|>", "stop_id": 2}
     assert sum(bar["rows"] for bar in report["histogram"]) == 16
     assert report["warnings"] == []
-    encoded = encode_file(done.train, tiny, "assistant", 512)
+    encoded = encode_file(done.train, Renderer(tiny), "assistant", 512)
     assert report["tokens"]["train"] == sum(len(row.ids) for row in encoded)
     assert report["learned"]["train"] == sum(sum(row.learned) for row in encoded)
     assert str(tmp_path) not in (tmp_path / "out" / "train.jsonl").read_text()
@@ -128,7 +129,7 @@ def test_rows_that_are_too_long(tmp_path: Path, tiny: Any, tiny_rows: list[Any])
     assert len(load(dropped.train)) == 16
     assert dropped.report["too_long"] == {"limit": 128, "rows": 1, "truncated": 0, "dropped": 1}
     cut = prepared(section(train=file, validation=held, max_length=128, too_long="truncate"), tiny, tmp_path / "out")
-    encoded = encode_file(cut.train, tiny, "assistant", 128)
+    encoded = encode_file(cut.train, Renderer(tiny), "assistant", 128)
     assert max(len(row.ids) for row in encoded) == 128
     assert cut.report["tokens"]["train"] == sum(len(row.ids) for row in encoded)
     assert cut.report["learned"]["train"] == sum(sum(row.learned) for row in encoded)
@@ -171,7 +172,7 @@ def test_plain_text_needs_no_template(tmp_path: Path, tiny: Any) -> None:
     done = prepared(section(train=file), tiny, tmp_path / "out")
     assert done.report["turn"] is None
     assert done.report["settings"]["train_on"] == "all"
-    assert len(encode_file(done.train, tiny, "assistant", 512)) == 9
+    assert len(encode_file(done.train, Renderer(tiny), "assistant", 512)) == 9
 
 
 def test_a_model_that_would_not_stop_is_warned_of(tmp_path: Path, tiny: Any, tiny_rows: list[Any]) -> None:
@@ -189,7 +190,7 @@ def test_a_prepared_file_that_is_missing_or_broken(tmp_path: Path, tiny: Any) ->
         load(tmp_path / "train.jsonl")
     write_jsonl(tmp_path / "train.jsonl", [{**chat("Q", "<|im_end|>"), "where": "a.jsonl:7"}])
     with pytest.raises(InputError, match=r"a\.jsonl:7: turn 2 holds"):
-        encode_file(tmp_path / "train.jsonl", tiny, "assistant", 512)
+        encode_file(tmp_path / "train.jsonl", Renderer(tiny), "assistant", 512)
 
 
 def test_collate() -> None:

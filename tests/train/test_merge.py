@@ -13,6 +13,7 @@ from conftest import edgetune
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.models import load_model, load_tokenizer, resolve, stop_ids
 from edgetune.recipe import MergeSection, ModelSection
+from edgetune.run import Work, seal
 from edgetune.standalone import merge_adapter
 from edgetune.train.merge import merge
 
@@ -39,15 +40,13 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return adapter_of(tiny_model, tmp_path / "adapter")
 
 
-def merged(model: Path, adapter: Path, folder: Path, **how: Any) -> tuple[dict[str, Any], Path]:
+def merged(model: Path, adapter: Path, folder: Path) -> tuple[dict[str, Any], Path]:
     for name in ("report", "merged"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    section = ModelSection(id=str(model))
-    report = merge(
-        MergeSection(**how.pop("section", {})), section, resolve(section), adapter, [[5, 6, 7, 8], [9, 10, 11]],
-        stop_id=how.pop("stop_id", None), report=folder / "report", merged=folder / "merged",
-    )  # fmt: skip
-    return report, folder / "merged"
+    base = resolve(ModelSection(id=str(model)))
+    rows = [[5, 6, 7, 8], [9, 10, 11]]
+    outputs = {"report": folder / "report", "merged": folder / "merged"}
+    return merge(MergeSection(), base, adapter, rows, trust_remote_code=False, **outputs), folder / "merged"
 
 
 def test_merged_gives_the_logits_of_base_plus_adapter(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -69,7 +68,8 @@ def test_merged_gives_the_logits_of_base_plus_adapter(tiny_model: Path, adapter:
 
 
 def test_the_end_of_turn_token_becomes_a_stop_token(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    assert stop_ids(merged(tiny_model, adapter, tmp_path, stop_id=7)[1]) == [2, 7]
+    seal(adapter, Work("train", {}, {}), stop_id=7)
+    assert stop_ids(merged(tiny_model, adapter, tmp_path)[1]) == [2, 7]
 
 
 def test_an_adapter_that_changes_nothing_is_reported(tiny_model: Path, tmp_path: Path) -> None:
@@ -116,14 +116,12 @@ def test_alone_on_a_folder_and_never_over_its_input(tiny_model: Path, adapter: P
         merge_adapter(adapter, adapter, ModelSection(id=str(tiny_model)))
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("x")
-    with pytest.raises(InputError, match="did not write"):
+    with pytest.raises(InputError, match="no earlier output"):
         merge_adapter(adapter, tmp_path / "precious", ModelSection(id=str(tiny_model)))
     assert (tmp_path / "precious/thesis.txt").read_text() == "x"
 
 
 def test_another_base_than_trained_on_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    from edgetune.run import Work, seal
-
     seal(adapter, Work("train", {"base": {"id": "x", "sha256": "0" * 64}}, {}))
     with pytest.raises(InputError, match="not the base"):
         merge_adapter(adapter, tmp_path / "out", ModelSection(id=str(tiny_model)))

@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.data.render import Encoded
 from edgetune.errors import EdgetuneError, InputError
-from edgetune.models import Base, load_model, resolve
+from edgetune.models import Base, load_model, load_tokenizer, resolve
 from edgetune.recipe import EarlyStopping, ModelSection, TrainSection
 from edgetune.train.trainer import Job, train
 
@@ -37,7 +37,7 @@ def trained(base: Base, folder: Path, section: dict[str, Any], **job: Any) -> di
     fields: dict[str, Any] = {"train": rows(16), "validation": rows(6, 100), "seed": 1, "key": "k", **job}
     return train(
         TrainSection(**section),
-        Job(base=base, **fields),
+        Job(base=base, tokenizer=load_tokenizer(base.path), **fields),
         report=folder / "report",
         adapter=folder / "adapter",
         checkpoints=folder / "ck",

@@ -85,12 +85,12 @@ def check(
 
 def _what(file: str, model: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the check: a recipe's own with the options over them, or a file's."""
-    from edgetune import recipe
+    from edgetune import recipe, recipe_file
 
     if file.lower().endswith((".yaml", ".yml")):
         overrides = [f"data.{key}={json.dumps(value)}" for key, value in given.items()]
         overrides += [f"model.id={json.dumps(model)}"] if model else []
-        loaded = recipe.load(file, overrides).recipe
+        loaded = recipe_file.load(file, overrides).recipe
         return {"section": loaded.data, "seed": loaded.seed, "model": loaded.model}
     if model is None and "max_length" in given:
         raise InputError("--max-length counts tokens", where="--max-length", fix="say whose tokens: add --model")

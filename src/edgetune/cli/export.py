@@ -22,7 +22,7 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The artifact; `artifact` beside the model when not given."),
+        typer.Option(metavar="FOLDER", help="The artifact; ./artifact when not given."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name; its folder's when not given.")] = None,
     json: Json = False,
@@ -43,7 +43,7 @@ def command(
         section = ExportSection.model_validate(given)
     except ValueError as error:
         raise InputError("must be 16 tokens or more", where="--max-length") from error
-    found = export_model(model, out or model.absolute().parent / "artifact", section, name)
+    found = export_model(model, out or Path("artifact"), section, name)
     if json:
         print_json(found)
         return

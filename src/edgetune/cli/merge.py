@@ -18,7 +18,7 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The merged model; `merged` beside the adapter when not given."),
+        typer.Option(metavar="FOLDER", help="The merged model; ./merged when not given."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -32,7 +32,7 @@ def command(
     from edgetune.recipe import ModelSection
     from edgetune.standalone import merge_adapter
 
-    target = out or adapter.absolute().parent / "merged"
+    target = out or Path("merged")
     found = merge_adapter(adapter, target, ModelSection(id=base) if base else None)
     if json:
         print_json(found)

@@ -17,7 +17,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.", show_default=False),
 ]
-_STAGES = "data, train, merge, export, verify, bench"
 
 
 def command(
@@ -25,7 +24,11 @@ def command(
     overrides: Overrides = None,
     first: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help=f"Redo this stage and those after it ({_STAGES})."),
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help="Redo this stage and those after it (data, train, merge, export, verify, bench).",
+        ),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo every stage.")] = False,
@@ -55,7 +58,8 @@ def command(
     if dry_run:
         _show_plan(loaded, check_stage(first), check_stage(until), force, json)
         return
-    from edgetune.pipeline import STAGES, Pipeline
+    from edgetune.pipeline import Pipeline
+    from edgetune.run import STAGES
     from edgetune.summary import as_json, summary
 
     pipeline = Pipeline(loaded)
@@ -64,6 +68,8 @@ def command(
         print_json(as_json(result))
     else:
         print_table(("result", "value"), summary(result))
+    if result.missed:
+        raise result.missed
 
 
 def _show_plan(loaded: LoadedRecipe, first: str | None, until: str | None, force: bool, json: bool) -> None:
@@ -85,7 +91,7 @@ def _show_plan(loaded: LoadedRecipe, first: str | None, until: str | None, force
 
 def check_stage(name: str | None) -> str | None:
     """A stage's name, or None. Raises InputError for another word."""
-    from edgetune.pipeline import STAGES
+    from edgetune.run import STAGES
 
     if name is None or name in STAGES:
         return name

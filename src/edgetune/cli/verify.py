@@ -39,8 +39,7 @@ def command(
       edgetune verify ./artifact --against ./merged --data rows.jsonl --rows 100
       edgetune verify runs/quickstart --limit top1_agreement=0.95 --json
     """
-    from edgetune.errors import GateError
-    from edgetune.pipeline import advice
+    from edgetune.export.verify import gate_error
     from edgetune.recipe_file import limits_from
     from edgetune.standalone import verify_artifact
 
@@ -71,9 +70,7 @@ def command(
             ],
         )
     if not found["passed"]:
-        raise GateError(
-            f"the gate is not passed: {'; '.join(found['failures'])}", where=found["path"], fix=advice(found)
-        )
+        raise gate_error(found, Path(found["path"]))
 
 
 def _parting(text: dict[str, object]) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune.data.problems import RowProblem
 from edgetune.data.render import Encoded, Renderer, TrainOn, cut
 from edgetune.errors import InputError
 from edgetune.progress import task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORED", "Encoded", "collate", "cut", "encode_file", "load"]
 
@@ -36,19 +33,22 @@ def load(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"not a whole file of prepared rows ({error})", where=path, fix=again) from error
 
 
-def encode_file(path: Path, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, max_length: int) -> list[Encoded]:
+def encode_file(
+    path: Path, renderer: Renderer, train_on: TrainOn, max_length: int, limit: int | None = None
+) -> list[Encoded]:
     """Encode a prepared file.
 
     Args:
         path: `train.jsonl` or `validation.jsonl`, as `prepare` writes them.
-        tokenizer: the one that the rows were prepared with.
+        renderer: of the tokenizer that the rows were prepared with.
         train_on: where the loss falls.
         max_length: tokens a row; longer rows are cut at the end, as `prepare` has decided and checked.
+        limit: how many rows; all when None.
 
     Raises:
         InputError: a row that does not fit this tokenizer or its chat template, by name.
     """
-    rows, renderer, encoded = load(path), Renderer(tokenizer), []
+    rows, encoded = load(path)[:limit], []
     with task(f"tokens of {path.name}", len(rows)) as shown:
         for row in rows:
             try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.examine import Examined, examine
 from edgetune.data.problems import Problem
 from edgetune.data.render import Renderer
 from edgetune.data.report import report
 from edgetune.recipe import DataSection, ModelSection
+
+if TYPE_CHECKING:
+    from edgetune.models import Base
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,14 @@ class Checked:
         }
 
 
-def check(section: DataSection, *, seed: int, model: ModelSection | None) -> Checked:
+def check(section: DataSection, *, seed: int, model: ModelSection | None, base: Base | None = None) -> Checked:
     """Check a recipe's data.
 
     Args:
         section: the data section; paths are absolute or relative to the working folder.
         seed: of the split.
         model: whose tokens and chat template are used; None leaves tokens out and counts characters.
+        base: that model, where it is resolved already.
 
     Raises:
         InputError: the model cannot be used: not found, no chat template, a context below `max_length`.
@@ -55,7 +59,7 @@ def check(section: DataSection, *, seed: int, model: ModelSection | None) -> Che
     if model is not None:
         from edgetune.models import context_length, load_tokenizer, resolve, stop_ids
 
-        path = resolve(model).path
+        path = (base or resolve(model)).path
         tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
         context, stops = context_length(path), set(stop_ids(path))
         renderer = Renderer(tokenizer, stops)

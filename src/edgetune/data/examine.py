@@ -67,6 +67,11 @@ def train_files(section: DataSection) -> list[Path]:
     return [Path(file) for file in files]
 
 
+def validation_files(section: DataSection) -> list[Path]:
+    """The recipe's validation file, if it names one."""
+    return [Path(section.validation)] if isinstance(section.validation, str) else []
+
+
 def examine(section: DataSection, *, seed: int, renderer: Renderer | None, context: int | None) -> Examined:
     """Go through all rows.
 
@@ -84,8 +89,7 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
     """
     limit = _limit(section, context) if renderer is not None else None
     counts, problems = Counts(), Problems()
-    files, given = train_files(section), section.validation
-    held = [Path(given)] if isinstance(given, str) else []
+    files, held, given = train_files(section), validation_files(section), section.validation
     called = dict(zip([*files, *held], names([*files, *held]), strict=True))
     train = _side("train", files, called, section, counts, problems)
     validation: list[Example] = []
@@ -93,7 +97,7 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
         validation = _side("validation", held, called, section, counts, problems)
         if len({form == "text" for form in counts.forms.values()}) > 1:
             fix = "use the same kind of rows on both sides"
-            problems.add(given, "training and validation rows differ: one is plain text, one is chat", fix)
+            problems.add(str(given), "training and validation rows differ: one is plain text, one is chat", fix)
     if renderer is not None:
         train = _measured("train", train, section, renderer, limit, counts, problems)
         validation = _measured("validation", validation, section, renderer, limit, counts, problems)
@@ -110,18 +114,18 @@ def examine(section: DataSection, *, seed: int, renderer: Renderer | None, conte
     return Examined(train, validation, counts, problems, limit)
 
 
-def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int) -> list[Encoded]:
-    """Encode every row of one file, in whichever form it is; what is over `limit` tokens is cut.
+def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int, rows: int) -> list[Encoded]:
+    """Encode the first `rows` rows of a file, in whichever form it is; what is over `limit` tokens is cut.
 
     Raises:
         InputError: all that is wrong with the rows.
     """
     counts, problems = Counts(), Problems()
     section = DataSection(train=str(path), train_on=train_on, too_long="truncate")
-    rows = _side("held-out", [path], {path: path.name}, section, counts, problems)
-    rows = _measured("held-out", rows, section, renderer, limit, counts, problems)
+    found = _side("held-out", [path], {path: path.name}, section, counts, problems)[:rows]
+    found = _measured("held-out", found, section, renderer, limit, counts, problems)
     problems.raise_any()
-    return [cut(renderer.encode(row.values, train_on), limit) for row in rows]
+    return [cut(renderer.encode(row.values, train_on), limit) for row in found]
 
 
 def _limit(section: DataSection, context: int | None) -> int | None:

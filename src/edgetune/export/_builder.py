@@ -7,11 +7,14 @@ process, and its output goes to a log file.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 
 
 def main() -> None:
     """Build what the JSON argument asks for, and say the peak memory on the last line."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(sys.argv[1])
     from edgetune.runtime import genai
 
@@ -24,6 +27,11 @@ def main() -> None:
     from edgetune.runtime.memory import peak_rss_mb
 
     print(f"peak_rss_mb={peak_rss_mb():.1f}")
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # returns when the parent closes its end, or is no more
+    os._exit(1)
 
 
 if __name__ == "__main__":

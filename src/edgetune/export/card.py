@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.export.targets import Target
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
 from edgetune.run import MANIFEST
+
+if TYPE_CHECKING:
+    from edgetune.models import Base
 
 
 def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dict[str, Any]]) -> str:
@@ -124,3 +128,11 @@ def rewrite_card(artifact: Path, text: str) -> None:
             "bytes": len(text.encode()),
         }
         write_json(staged / MANIFEST, manifest)
+
+
+def describe(base: Base) -> dict[str, Any]:
+    """The base model as an artifact's manifest and card tell of it: `id`, `source`, `revision`, `license`, `upstream`, `sha256`."""
+    found = {name: value for name, value in asdict(base).items() if name not in ("path", "files")}
+    if base.source in ("folder", "gguf"):
+        found["id"] = Path(base.id).name  # an artifact carries no path of this machine
+    return {**found, "sha256": base.digest}

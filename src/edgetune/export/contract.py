@@ -37,7 +37,9 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 ]
 
 
-def write_contract(merged: Path, artifact: Path, stop_ids: list[int], name: str) -> None:
+def write_contract(
+    merged: Path, artifact: Path, stop_ids: list[int], name: str, *, trust_remote_code: bool = False
+) -> None:
     """Write `golden.json` and `inference_model.json` (the layout that local model catalogs read) into an artifact.
 
     Args:
@@ -45,11 +47,12 @@ def write_contract(merged: Path, artifact: Path, stop_ids: list[int], name: str)
         artifact: folder to write to; its chat_template.jinja is made equal to the merged model's.
         stop_ids: token ids that end an answer.
         name: the artifact's name.
+        trust_remote_code: run code that the merged model's folder brings.
 
     Raises:
         InputError: the model has no chat template.
     """
-    tokenizer = load_tokenizer(merged)
+    tokenizer = load_tokenizer(merged, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template", where=merged, fix="give one: model.chat_template=FILE.jinja")
     (artifact / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

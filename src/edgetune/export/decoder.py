@@ -15,14 +15,21 @@ from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.contract import write_contract
 from edgetune.export.targets import Target
-from edgetune.files import require_space, write_json
+from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
 from edgetune.models import context_length, stop_ids
 
 _BYTES_A_WEIGHT = {"fp32": 4.0, "int8": 1.2, "int4": 0.7}
 
 
 def export_decoder(
-    merged: Path, target: Target, max_length: int, *, artifact: Path, report: Path, name: str
+    merged: Path,
+    target: Target,
+    max_length: int,
+    *,
+    artifact: Path,
+    report: Path,
+    name: str,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
 
@@ -33,13 +40,14 @@ def export_decoder(
         artifact: existing, empty folder; the model card and the manifest are added by the caller.
         report: existing folder for builder.log.
         name: the artifact's name, for catalogs.
+        trust_remote_code: run code that the model's folder brings.
 
     Returns:
         What the report says of it: sizes in MB, the context in tokens, seconds, peak memory of the builder in MB.
 
     Raises:
         InputError: the builder does not know the architecture, or the disk is too small.
-        EdgetuneError: the builder failed; its log is named.
+        EdgetuneError: the builder failed; its log is kept and named.
     """
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     bytes_in = _bytes_a_parameter(merged)
@@ -47,7 +55,7 @@ def export_decoder(
         artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export"
     )
     started = time.monotonic()
-    peak = _build(merged, target, artifact, report / "builder.log")
+    peak = _build(merged, target, artifact, report / "builder.log", trust_remote_code)
     limit = min(max_length, context_length(merged))
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     ids = stop_ids(merged)
@@ -58,7 +66,7 @@ def export_decoder(
     for key in ("is_local", "local_files_only", "name_or_path"):
         tokenizer.pop(key, None)
     write_json(artifact / "tokenizer_config.json", tokenizer)
-    write_contract(merged, artifact, ids, name)
+    write_contract(merged, artifact, ids, name, trust_remote_code=trust_remote_code)
     _check_files(artifact)
     return {
         "precision": target.precision,
@@ -77,29 +85,27 @@ def _bytes_a_parameter(merged: Path) -> float:
     return 4.0 if dtype == "float32" else 2.0
 
 
-def _build(merged: Path, target: Target, artifact: Path, log: Path) -> float:
+def _build(merged: Path, target: Target, artifact: Path, log: Path, trust_remote_code: bool) -> float:
     layers = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 1)
     total = (
         layers if target.precision == "fp32" else 6 * layers + 1
     )  # the builder quantizes about five matrices a layer
-    with (
-        tempfile.TemporaryDirectory(prefix="edgetune-builder-") as cache,
-        progress.task("export", total) as bar,
-    ):
+    cache = tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}builder-", dir=artifact.parent)
+    with cache as folder, progress.task("export", total) as bar:
         job = {
             "model": str(merged.absolute()),
             "out": str(artifact.absolute()),
             "precision": target.precision,
             "provider": target.provider,
-            "cache": cache,
-            "options": target.options,
+            "cache": folder,
+            "options": {**target.options, **({"hf_remote": "true"} if trust_remote_code else {})},
         }
         with log.open("wb") as out:
             child = subprocess.Popen(
-                [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)],
+                [sys.executable, "-u", "-m", "edgetune.export._builder", json.dumps(job)],
+                stdin=subprocess.PIPE,  # closed when this process dies, which the builder notices
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
             )
             done = 0
             try:
@@ -109,16 +115,15 @@ def _build(merged: Path, target: Target, artifact: Path, log: Path) -> float:
                     bar.advance(now - done)
                     done = now
             finally:
-                if child.poll() is None:  # interrupted: the builder ends with us
-                    child.kill()
-                    child.wait()
+                child.kill()  # interrupted: the builder ends with us
+                child.communicate()
         bar.advance(total - done)
     text = log.read_text(encoding="utf-8", errors="replace").replace(str(merged.absolute()), merged.name)
-    log.write_text(text.replace(str(artifact.absolute()), artifact.name), encoding="utf-8")
+    text = text.replace(str(artifact.absolute()), artifact.name)
+    write_text(log, text)
     if child.returncode != 0:
         raise _explain(child.returncode, text, target)
-    last = text.rstrip().splitlines()[-1]
-    return float(last.removeprefix("peak_rss_mb="))
+    return float(text.rpartition("peak_rss_mb=")[2].split()[0])
 
 
 def _steps(log: Path) -> int:
@@ -148,10 +153,12 @@ def _explain(code: int, log: str, target: Target) -> EdgetuneError:
             where="export",
             fix="close other programs, or use a machine with more memory",
         )
+    with tempfile.NamedTemporaryFile("w", prefix="edgetune-builder-", suffix=".log", delete=False) as kept:
+        kept.write(log)
     return EdgetuneError(
         f"the model builder failed (exit {code}): {last}\n  its last lines:\n    " + "\n    ".join(lines[-12:]),
         where=f"export, {target.precision}",
-        fix="check the target's options",
+        fix=f"check the target's options; the whole log is {kept.name}",
     )
 
 

@@ -21,6 +21,7 @@ def export(
     name: str,
     chain: dict[str, Any],
     work: Work,
+    trust_remote_code: bool,
     artifact: Path,
     report: Path,
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def export(
         name: the artifact's name.
         chain: `base` (id, revision, license, sha256) and the digests of data and adapter, for manifest and card.
         work: what is done, for the manifest.
+        trust_remote_code: run code that the model's folder brings.
         artifact: existing, empty folder.
         report: existing folder for report.json and builder.log.
 
@@ -43,7 +45,9 @@ def export(
         InputError: the model cannot be exported.
         EdgetuneError: the builder failed, or its artifact does not load or does not keep the chat contract.
     """
-    found = export_decoder(merged, target, max_length, artifact=artifact, report=report, name=name)
+    found = export_decoder(
+        merged, target, max_length, artifact=artifact, report=report, name=name, trust_remote_code=trust_remote_code
+    )
     write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
     seal(artifact, work, name=name, task="text-generation", chain=chain)
     _load(artifact)

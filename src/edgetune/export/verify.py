@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded, cut
-from edgetune.errors import InputError
+from edgetune.errors import EdgetuneError, GateError, InputError
 from edgetune.files import write_json
 from edgetune.models import load_model, load_tokenizer, stop_ids
 from edgetune.models.quiet import quiet
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 _CHUNK = 256  # positions whose distributions are in memory at once, float32
 
 
-def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: VerifySection, out: Path) -> dict[str, Any]:
+def verify(
+    artifact: Path,
+    merged: Path,
+    rows: Sequence[Encoded],
+    section: VerifySection,
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Compare an artifact with the model that it was made from.
 
     Args:
@@ -40,6 +48,7 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
         rows: encoded held-out rows.
         section: the recipe's `verify`.
         out: existing folder for report.json.
+        trust_remote_code: run code that the merged model's folder brings.
 
     Returns:
         The report: `kld_mean`, `kld_p99`, `kld_max` (nats), `top1_agreement`, `perplexity.{merged,artifact,ratio}`, `tokens`,
@@ -47,6 +56,8 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
 
     Raises:
         InputError: the two do not have the same vocabulary, or no row has a token that carries loss.
+        GateError: the artifact's logits are not finite numbers.
+        EdgetuneError: the merged model's are not.
     """
     import torch
 
@@ -62,7 +73,7 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
             fix="give other rows (`--data`), or raise export.max_length",
         )
     with progress.task("verify", len(used) + len(golden)) as bar, quiet():
-        model = load_model(merged, dtype=torch.float32)
+        model = load_model(merged, dtype=torch.float32, trust_remote_code=trust_remote_code)
         model.eval()
         graph = Graph(artifact, config)
         if model.config.get_text_config().vocab_size != graph.vocabulary:
@@ -75,9 +86,9 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
         for row in used:
             scores.add(_merged_logits(model, row.ids), graph.logits(row.ids), row)
             bar.advance(1, f"KL {scores.mean():.4f}")
-        texts = []
+        tokenizer, stops, texts = load_tokenizer(merged, trust_remote_code=trust_remote_code), set(stop_ids(merged)), []
         for prompt in golden:
-            texts.append(_greedy(model, graph, prompt, section.golden_tokens, merged))
+            texts.append(_greedy(model, graph, prompt, section.golden_tokens, tokenizer, stops))
             bar.advance(1)
     result = {
         **scores.summary(),
@@ -92,6 +103,18 @@ def verify(artifact: Path, merged: Path, rows: Sequence[Encoded], section: Verif
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
     return result
+
+
+def gate_error(report: dict[str, Any], artifact: Path) -> GateError:
+    """What is said, and what to try, when the gate is not passed."""
+    ruined = report["kld_mean"] > 0.2 or report["top1_agreement"] < 0.8
+    says = "at this precision it is another model than the one that was trained; " if ruined else ""
+    if report["precision"] == "fp32":
+        fix = f"{says}an export without rounding should pass: please report this model"
+    else:
+        more = "export.target=cpu-int8" if report["precision"] == "int4" else "export.target=cpu-fp32"
+        fix = f"{says}choose more bits ({more}), or set verify.limits if this loss is acceptable to you"
+    return GateError(f"the gate is not passed: {'; '.join(report['failures'])}", where=artifact, fix=fix)
 
 
 def _precision(artifact: Path) -> str:
@@ -201,11 +224,13 @@ class _Scores:
         merged, artifact = (
             math.exp(min(loss / count, 700.0)) if math.isfinite(loss) else math.inf for loss in self._loss
         )
-        finite = math.isfinite(artifact) and all(map(math.isfinite, self._kld))
-        if not finite:
-            raise InputError(
-                "the artifact's logits are not finite numbers",
-                fix="export it again with another target, such as cpu-int8",
+        if not math.isfinite(merged):
+            raise EdgetuneError(
+                "the merged model's logits are not finite numbers", fix="train again with a lower train.learning_rate"
+            )
+        if not (math.isfinite(artifact) and all(map(math.isfinite, self._kld))):
+            raise GateError(
+                "the artifact's logits are not finite numbers", fix="choose another target, such as cpu-int8"
             )
         return {
             "kld_mean": self.mean(),
@@ -218,11 +243,12 @@ class _Scores:
         }
 
 
-def _greedy(model: Any, graph: Graph, prompt: dict[str, Any], tokens: int, merged: Path) -> dict[str, Any]:
+def _greedy(
+    model: Any, graph: Graph, prompt: dict[str, Any], tokens: int, tokenizer: Any, stops: set[int]
+) -> dict[str, Any]:
     """Greedy answers of both models to a golden prompt, and where they part."""
     import torch
 
-    stops = set(stop_ids(merged))
     wanted: list[int] = []
     found: list[int] = []
     with torch.inference_mode():
@@ -237,7 +263,6 @@ def _greedy(model: Any, graph: Graph, prompt: dict[str, Any], tokens: int, merge
         logits, past = graph.run(feed, past)
         found.append(int(logits[0, -1].argmax()))
         feed = found[-1:]
-    tokenizer = load_tokenizer(merged)
     same = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
     return {
         "prompt": prompt["messages"][-1]["content"],

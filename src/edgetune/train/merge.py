@@ -14,7 +14,8 @@ from edgetune.files import write_json
 from edgetune.models import Base, load_model, load_tokenizer
 from edgetune.models.check import check_safetensors
 from edgetune.models.quiet import quiet
-from edgetune.recipe import MergeSection, ModelSection
+from edgetune.recipe import MergeSection
+from edgetune.run import read_manifest
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 
 
@@ -54,12 +55,11 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
 
 def merge(
     section: MergeSection,
-    model_section: ModelSection,
     base: Base,
     adapter: Path,
     rows: Sequence[Sequence[int]],
     *,
-    stop_id: int | None,
+    trust_remote_code: bool,
     report: Path,
     merged: Path,
 ) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def merge(
 
     Args:
         section: the recipe's `merge`.
-        model_section: the recipe's `model`.
         base: the base that the adapter was trained on.
-        adapter: peft adapter folder.
+        adapter: peft adapter folder. Its chat_template.jinja, if there is one, becomes the merged model's, and the
+            `stop_id` of its manifest (the token that ended each answer in training) one of its stop ids.
         rows: token ids of the rows to compare on.
-        stop_id: the token that ended each answer in training; added to the merged model's stop ids, or it would run on.
+        trust_remote_code: run code that the base brings.
         report: existing folder for report.json.
         merged: existing folder for the merged model: safetensors in float32, tokenizer, chat template, generation config.
 
@@ -88,13 +88,14 @@ def merge(
 
     check_adapter(adapter)
     reset_peak()
+    template = adapter / "chat_template.jinja"
     tokenizer = load_tokenizer(
         base.path,
-        trust_remote_code=model_section.trust_remote_code,
-        chat_template=model_section.chat_template,
+        trust_remote_code=trust_remote_code,
+        chat_template=str(template) if template.is_file() else None,
     )
     with progress.task("merge", 5) as bar, quiet():
-        model = load_model(base.path, dtype=torch.float32, trust_remote_code=model_section.trust_remote_code)
+        model = load_model(base.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         tied = model.config.tie_word_embeddings
         bar.advance(1, "base loaded")
         try:
@@ -116,13 +117,13 @@ def merge(
                 fix="train without an adapter on the embedding or the head",
             )
         whole.config.dtype = torch.float32
-        _stop_at(whole, stop_id)
+        _stop_at(whole, read_manifest(adapter).get("stop_id"))
         whole.save_pretrained(merged, safe_serialization=True)
         tokenizer.save_pretrained(merged)
-        _clean(merged, base.id)
+        _clean(merged, base)
         bar.advance(1, "saved")
         del model, adapted, whole
-        again = load_model(merged, dtype=torch.float32, trust_remote_code=model_section.trust_remote_code)
+        again = load_model(merged, dtype=torch.float32, trust_remote_code=trust_remote_code)
         if again.config.tie_word_embeddings != tied or not _tie_holds(again):
             raise EdgetuneError("the saved model lost the tie between embedding and head", where=merged)
         bar.advance(1, "loaded again")
@@ -189,14 +190,14 @@ def _tie_holds(model: Any) -> bool:
     return bool(shared == model.config.tie_word_embeddings)
 
 
-def _clean(folder: Path, base_id: str) -> None:
+def _clean(folder: Path, base: Base) -> None:
     """Take paths of this machine out of the saved configuration; keep the base's id."""
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         values = json.loads(path.read_text(encoding="utf-8"))
         for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only"):
             values.pop(key, None)
-        if name == "config.json" and not Path(base_id).exists():
-            values["_name_or_path"] = base_id
+        if name == "config.json" and base.source in ("hub", "package"):
+            values["_name_or_path"] = base.id
         write_json(path, values)
     shutil.rmtree(folder / ".cache", ignore_errors=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edgetune import progress
 from edgetune.data.batch import Encoded, collate
 from edgetune.errors import EdgetuneError
 from edgetune.files import read_json, write_json, write_text
-from edgetune.models import Base, load_model, load_tokenizer
+from edgetune.models import Base, load_model
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
@@ -34,6 +35,7 @@ class Job:
 
     Attributes:
         base: the base model.
+        tokenizer: the one that the rows were encoded with, with its chat template.
         train, validation: encoded rows.
         seed: of initialization, dropout and data order.
         key: digest of everything that decides the result; checkpoints are bound to it.
@@ -41,6 +43,7 @@ class Job:
     """
 
     base: Base
+    tokenizer: Any
     train: Sequence[Encoded]
     validation: Sequence[Encoded]
     seed: int
@@ -73,10 +76,8 @@ def train(
     reset_peak()
     started = time.monotonic()
     transformers.set_seed(job.seed)
-    if section.threads:
-        torch.set_num_threads(section.threads)
     kept = Checkpoints(checkpoints, job.key, resume)
-    with quiet():
+    with quiet(), _threads(section.threads):
         trainer, watch, steps = _prepare(section, job, kept)
         if kept.last:
             progress.say(f"train: resuming after step {kept.step} of {steps}")
@@ -103,7 +104,7 @@ def train(
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
         "dtype": str(base_dtype(section)).removeprefix("torch."),
         "device": str(trainer.args.device),
-        "threads": torch.get_num_threads(),
+        "threads": section.threads or torch.get_num_threads(),
         "seed": job.seed,
     }
     shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
@@ -111,10 +112,25 @@ def train(
     config |= {"base_model_name_or_path": job.base.id, "revision": job.base.revision}
     config["target_modules"] = sorted(config["target_modules"])  # a set in peft, so in another order each time
     write_json(adapter / "adapter_config.json", config)
+    if job.tokenizer.chat_template:  # so that whoever merges the adapter gives the model what it was trained with
+        write_text(adapter / "chat_template.jinja", job.tokenizer.chat_template)
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
     write_json(report / "report.json", result)
     return result
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch on `count` threads while the block runs, on its own choice when None."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _steps_a_pass(section: TrainSection, job: Job) -> int:
@@ -126,8 +142,7 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> tuple[Any, A
     import torch
     import transformers
 
-    tokenizer = load_tokenizer(job.base.path, trust_remote_code=job.trust_remote_code)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else job.tokenizer.eos_token_id
     model = load_model(job.base.path, dtype=base_dtype(section), trust_remote_code=job.trust_remote_code)
     steps = section.max_steps or max(1, math.ceil(_steps_a_pass(section, job) * section.epochs))
     lengths = [len(row.ids) for row in job.train]
@@ -138,7 +153,8 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> tuple[Any, A
         args=_arguments(section, job.seed, steps, kept.folder),
         train_dataset=_Batches(job.train, batches),
         data_collator=lambda items: {
-            name: torch.from_numpy(value) for name, value in collate(items[0], pad_id).items()
+            name: torch.from_numpy(value)
+            for name, value in collate([row for item in items for row in item], pad_id).items()
         },
         callbacks=[watch],
     )
