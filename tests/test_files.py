@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from edgetune import files
-from edgetune.errors import InputError, from_system_error
+from edgetune.errors import EXTRAS, EdgetuneError, InputError, from_system_error, need, require_extra
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
@@ -91,6 +93,37 @@ def test_kill_9_leaves_only_what_is_cleaned_up(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if p.name != "edgetune-home"] == []
 
 
+def test_what_a_killed_deletion_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two", ".tmp-of-the-person-deleted"):
+        files.write_text(tmp_path / name / "a", "12345")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        files.delete_folder(tmp_path / "one")
+    assert not (tmp_path / "one").exists() and len(list(tmp_path.iterdir())) == 3
+    assert files.delete_folder(tmp_path / "two") == 5
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-of-the-person-deleted"]
+
+
+def test_sizes_of_folders_that_vanish_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        files.write_text(tmp_path / "top" / name / "file", "12345")
+    (tmp_path / "top" / "link").symlink_to(tmp_path / "top" / "a" / "file")
+    (tmp_path / "top" / "folder-link").symlink_to(tmp_path / "top" / "a")
+    assert files.folder_size(tmp_path / "top") == 15
+    look, gone = os.scandir, []
+
+    def scandir(path: object) -> object:
+        if Path(str(path)).parent.name == "top" and not gone:  # the first folder that is looked into: all go
+            for name in ("a", "b", "c"):
+                files.shutil.rmtree(tmp_path / "top" / name)
+            gone.append(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert files.folder_size(tmp_path / "top") == 0
+    assert gone
+
+
 def test_hash_cache_sees_every_kind_of_change(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("one")
@@ -103,11 +136,56 @@ def test_hash_cache_sees_every_kind_of_change(tmp_path: Path) -> None:
     assert files.HashCache().file(path) == files.sha256_file(path) != value
 
 
-def test_a_broken_hash_cache_is_no_error(tmp_path: Path) -> None:
+def _never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+
+
+def test_hash_caches_do_not_lose_each_others_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = [files.HashCache(), files.HashCache()]
+    for index, cache in enumerate(caches):
+        (tmp_path / f"{index}").write_text(f"{index}")
+        cache.file(tmp_path / f"{index}")
+    for cache in caches:
+        cache.save()
+    _never_read(monkeypatch)
+    for index in range(2):
+        files.HashCache().file(tmp_path / f"{index}")
+
+
+def test_hashes_of_a_staged_folder_are_known_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.staged_folder(tmp_path / "out") as staged:
+        (staged / "weights").write_text("1")
+        (staged / "config.json").write_text("2")
+        hashes = files.HashCache().folder(staged)
+    _never_read(monkeypatch)
+    assert files.HashCache().folder(tmp_path / "out") == hashes
+
+
+def test_another_file_in_the_place_and_with_the_time_of_one_that_is_gone(tmp_path: Path) -> None:
+    for text in ("one", "two", "six"):  # of one size and time; the file system gives the inode again
+        (tmp_path / "a").write_text(text)
+        os.utime(tmp_path / "a", ns=(1, 1))
+        assert files.HashCache().folder(tmp_path)["a"] == files.sha256_file(tmp_path / "a")
+        (tmp_path / "a").unlink()
+
+
+def test_a_busy_hash_cache_is_not_waited_for(tmp_path: Path) -> None:
+    from filelock import FileLock
+
     files.home().mkdir(parents=True)
-    (files.home() / "hashes.json").write_text("{nonsense")
     (tmp_path / "a").write_text("x")
-    assert files.HashCache().file(tmp_path / "a") == files.sha256_file(tmp_path / "a")
+    with FileLock(files.home() / "hashes.json.lock"):
+        start = time.monotonic()
+        files.HashCache().folder(tmp_path)
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("text", ["{nonsense", "[]", '{"/a": [1, 2, 3, "x"]}'])
+def test_a_broken_hash_cache_is_no_error(tmp_path: Path, text: str) -> None:
+    files.home().mkdir(parents=True)
+    (files.home() / "hashes.json").write_text(text)
+    (tmp_path / "a").write_text("x")
+    assert files.HashCache().folder(tmp_path)["a"] == files.sha256_file(tmp_path / "a")
 
 
 def test_too_little_disk_is_said_before_the_work(tmp_path: Path) -> None:
@@ -118,3 +196,57 @@ def test_too_little_disk_is_said_before_the_work(tmp_path: Path) -> None:
 
 def test_digest_does_not_depend_on_key_order() -> None:
     assert files.digest({"a": 1, "b": [2]}) == files.digest({"b": [2], "a": 1}) != files.digest({"a": 1, "b": [3]})
+
+
+def test_a_name_too_long_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        (tmp_path / ("x" * 300)).write_text("")
+    explained = from_system_error(caught.value)
+    assert isinstance(explained, InputError) and "too long" in str(explained)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to …"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes."),
+        MemoryError(),
+    ],
+)
+def test_no_memory_is_explained(error: Exception) -> None:
+    explained = from_system_error(error)
+    assert isinstance(explained, EdgetuneError) and explained.exit_code == 1
+    for part in ("not enough memory", "train.batch_size", "data.max_length"):
+        assert part in str(explained)
+    assert from_system_error(RuntimeError("shape mismatch")) is None
+
+
+def test_torch_words_it_so() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert from_system_error(caught.value) is not None
+
+
+def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_extra("train")
+    require_extra("export")
+    for name in ("peft", "onnx_ir", "onnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"^onnx, onnx_ir are not installed(.|\n)*pip install 'edgetune\[export\]'"):
+        require_extra("export")
+    with pytest.raises(InputError, match=r"^peft is not installed(.|\n)*pip install 'edgetune\[train\]'"):
+        require_extra("train")
+    with pytest.raises(InputError, match=r"^onnx is not(.|\n)*\[export\]"):
+        need("torch", "onnx", extra="export")
+
+
+def test_extras_are_those_of_the_project() -> None:
+    stated = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    for extra, packages in EXTRAS.items():
+        named = {line.partition(">=")[0].replace("-", "_") for line in stated["optional-dependencies"][extra]}
+        assert set(packages) == named - ({"gguf"} if extra == "export" else set())  # only to read a GGUF base
+        assert all(importlib.util.find_spec(package) for package in packages)

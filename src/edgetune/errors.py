@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a gate was not passed, 1
 from __future__ import annotations
 
 import errno
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 FAILED, WRONG_INPUT, GATE_NOT_PASSED, INTERRUPTED = 1, 2, 3, 130
 
@@ -44,15 +46,55 @@ class GateError(EdgetuneError):
     exit_code = GATE_NOT_PASSED
 
 
+Extra = Literal["train", "export"]
+
+# What the stages import of each optional extra of pyproject.toml.
+EXTRAS: dict[Extra, tuple[str, ...]] = {
+    "train": (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "gguf",
+        "pyarrow",
+        "matplotlib",
+        "jinja2",
+    ),
+    "export": ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "jinja2"),
+}
+
+
+def need(*packages: str, extra: Extra = "train") -> None:
+    """Raise InputError when one of these packages, which `edgetune[extra]` brings, is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise InputError(f"{', '.join(missing)} {verb} not installed", fix=f"pip install 'edgetune[{extra}]'")
+
+
+def require_extra(extra: Extra) -> None:
+    """Raise InputError, naming what is missing, unless all of `edgetune[extra]` is installed. Nothing is imported."""
+    need(*EXTRAS[extra], extra=extra)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, its type when it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} is missing" if isinstance(error, KeyError) else lines[0]
+
+
 # How libraries that write files themselves (safetensors, torch) word a full disk.
 _FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file", "Disk quota exceeded")
+# How torch words that the system gives it no memory.
+_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 
 
 def from_system_error(error: Exception) -> EdgetuneError | None:
-    """Explain an operating system's refusal (full disk, no permission, …), or None if it is another error.
+    """Explain an operating system's refusal (full disk, no memory, no permission, …), or None if it is another error.
 
     Args:
-        error: what Python or a library that writes files raised.
+        error: what Python, or a library that writes files or takes memory, raised.
     """
     where = getattr(error, "filename", None) or getattr(error, "filename2", None)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _FULL):
@@ -61,8 +103,16 @@ def from_system_error(error: Exception) -> EdgetuneError | None:
             where=where,
             fix="free some space (`edgetune runs ls`, `edgetune models ls` show sizes) and run it again",
         )
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    ):
+        return EdgetuneError(
+            "not enough memory", fix="lower train.batch_size or data.max_length, or close other programs"
+        )
     if not isinstance(error, OSError):
         return None
+    if error.errno == errno.ENAMETOOLONG:
+        return InputError("the name is too long", where=where, fix="choose a shorter name or path")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError("no permission", where=where, fix="check the owner and mode, or choose another folder")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError):

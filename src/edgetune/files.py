@@ -10,9 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,25 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+_DELETED = re.compile(re.escape(TMP_PREFIX) + r".+-\d+-[0-9a-f]{8}-deleted")
+
+
+def delete_folder(folder: Path) -> int:
+    """Delete a folder, renamed first so that it is there whole or not at all. Returns the bytes freed.
+
+    What a deletion that was killed left beside it is deleted too.
+    """
+    size = folder_size(folder)
+    trash = _temporary(folder)
+    trash = folder.rename(trash.with_name(f"{trash.name}-deleted"))
+    for path in folder.parent.iterdir():
+        if _DELETED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it
+    if trash.exists():
+        shutil.rmtree(trash)  # says what hinders it
+    return size
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -140,54 +162,76 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-class HashCache:
-    """SHA-256 of files, remembered by path, size, time of change and inode, so that an unchanged file is read once.
+_MOST_HASHES = 10_000  # about 1.3 MB of JSON; the oldest are forgotten first
 
+
+class HashCache:
+    """SHA-256 of files, remembered by inode, size and times, so that an unchanged file is read once.
+
+    Renaming a folder changes none of these, so what is hashed while it is staged is known under its final name.
     Kept in `home()/hashes.json`. A file whose content changes without any of these changing is not noticed;
     loading an artifact therefore never uses this cache.
     """
 
     def __init__(self) -> None:
         self._path = home() / "hashes.json"
-        self._known: dict[str, list[Any]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            self._known = json.loads(self._path.read_text(encoding="utf-8"))
-        self._changed = False
+        self._new: dict[str, str] = {}
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        return self._read()
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return {key: value for key, value in found.items() if isinstance(value, str)}
+        except (OSError, ValueError, AttributeError):
+            return {}  # none yet, or not ours: it is a convenience
 
     def file(self, path: Path) -> str:
         """Hex SHA-256 of `path`'s content. Raises OSError."""
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        key = str(path.resolve())
-        known = self._known.get(key)
-        if known and known[:3] == stamp:
-            return str(known[3])
-        value = sha256_file(path)
-        self._known[key] = [*stamp, value]
-        self._changed = True
-        return value
+        # The ctime, which nobody can set, tells a file that took over the inode of one that is gone.
+        at = path.stat()
+        key = f"{at.st_dev}-{at.st_ino}-{at.st_size}-{at.st_mtime_ns}-{at.st_ctime_ns}"
+        known = self._new.get(key) or self._known.get(key)
+        if known is None:
+            known = self._new[key] = sha256_file(path)
+        return known
 
     def folder(self, folder: Path, skip: tuple[str, ...] = ("manifest.json",)) -> dict[str, str]:
-        """Relative POSIX path → SHA-256 of every visible file below `folder`, `skip` left out."""
+        """Relative POSIX path → SHA-256 of every visible file below `folder`, `skip` left out. Saves what it learned."""
         found = {}
         for path in sorted(folder.rglob("*")):
             relative = path.relative_to(folder)
             if path.is_file() and str(relative) not in skip and not any(p.startswith(".") for p in relative.parts):
                 found[relative.as_posix()] = self.file(path)
+        self.save()
         return found
 
     def save(self) -> None:
-        """Keep what was learned; entries of files that are gone are dropped. A cache that cannot be written is no error."""
-        if not self._changed:
+        """Add what was learned to what is kept. A cache that cannot be written, or is busy, is no error."""
+        if not self._new:
             return
-        alive = {key: value for key, value in self._known.items() if Path(key).exists()}
-        with contextlib.suppress(OSError):
-            write_bytes(self._path, json.dumps(alive).encode())
+        from filelock import FileLock
+
+        with contextlib.suppress(OSError):  # filelock's Timeout is one
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self._path}.lock", timeout=1):
+                self._known = self._read() | self._new  # others may have saved since
+                newest = list(self._known.items())[-_MOST_HASHES:]
+                write_text(self._path, json.dumps(dict(newest)))
+            self._new = {}
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all regular files below `folder`, links not followed."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """Bytes of all regular files below `folder`, links not followed. What vanishes meanwhile does not count."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = Path(place, name).lstat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -202,8 +246,3 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             where=folder,
             fix="free some space, or choose a folder on another disk (`runs_dir=…`, EDGETUNE_HOME)",
         )
-
-
-def hashes_digest(hashes: Mapping[str, str]) -> str:
-    """One digest of a folder's file hashes."""
-    return digest(dict(hashes))

@@ -60,7 +60,7 @@ def lease(path: Path, what: str) -> Iterator[None]:
 
     Args:
         path: what is used.
-        what: the command, for the message to whom wants to delete it.
+        what: the command, as a refusal to delete `path` names it: `edgetune serve`.
     """
     pid = os.getpid()
     file = home() / "leases" / f"{pid}-{secrets.token_hex(4)}.json"
@@ -142,6 +142,17 @@ def _registry() -> Iterator[dict[str, dict[str, Any]]]:
         runs = _read_runs()
         yield runs
         write_json(folder / "runs.json", runs)
+
+
+def users(folder: Path) -> list[str]:
+    """What still needs `folder`: `run PATH`, built on a model in it, and `process PID (COMMAND)`."""
+    folder = folder.resolve()
+    runs = [
+        f"run {run.path}"
+        for run in remembered_runs()
+        if run.base and run.base.is_relative_to(folder) and run.path != folder
+    ]
+    return [*runs, *(f"process {lease.pid} ({lease.what})" for lease in holders(folder))]
 
 
 def forget_run(path: Path) -> None:

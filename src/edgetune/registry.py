@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import InputError
-from edgetune.files import TMP_PREFIX, folder_size, read_json
-from edgetune.leases import forget_run, holders, remembered_runs
+from edgetune.files import delete_folder, folder_size, read_json
+from edgetune.leases import forget_run, remembered_runs, users
+from edgetune.run import FOLDERS, MANIFEST, RunFolder, read_manifest
 
 RECIPE = "recipe.json"
-# Folder that a stage is done with, in order.
-STAGE_FOLDERS = {
-    "data": "data",
-    "train": "adapter",
-    "merge": "merged",
-    "export": "artifact",
-    "verify": "verify",
-    "bench": "bench",
-}
-REPORTS = ("data", "train", "merge", "export", "verify", "bench")
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Run:
 
     path: Path
     base: Path | None
-    stages: list[str]  # those that are done
+    stages: list[str]  # those that are done; verify and bench where they measured the artifact that lies there
     passed: bool | None  # the gate; None before it was asked
     size: int  # bytes
     changed: str  # when something was last finished, ISO 8601
@@ -73,35 +64,53 @@ def known_runs() -> list[Run]:
     if here.is_dir():
         for path in here.iterdir():
             bases.setdefault(path.resolve(), None)
-    runs = [_describe(path, base) for path, base in bases.items() if is_run(path) and not path.name.startswith(".")]
+    runs = []
+    for path, base in bases.items():
+        with contextlib.suppress(OSError):  # gone since it was listed, or not ours to read
+            if is_run(path) and not path.name.startswith("."):
+                runs.append(_describe(path, base))
     return sorted(runs, key=lambda run: run.changed, reverse=True)
 
 
 def _describe(path: Path, base: Path | None) -> Run:
-    manifests = {stage: path / folder / "manifest.json" for stage, folder in STAGE_FOLDERS.items()}
-    done = {stage: file for stage, file in manifests.items() if file.is_file()}
-    changed = max(file.stat().st_mtime for file in [path / RECIPE, *done.values()])
-    passed = _report(path, "verify").get("passed")
+    stages = [stage for stage in FOLDERS if _done(path, stage)]
+    manifests = [RunFolder(path).output(stage) / MANIFEST for stage in stages]
+    passed = _report(path, "verify").get("passed") if "verify" in stages else None
+    changed = max(file.stat().st_mtime for file in [path / RECIPE, *manifests])
     return Run(
         path=path,
         base=base,
-        stages=list(done),
+        stages=stages,
         passed=passed if isinstance(passed, bool) else None,
         size=folder_size(path),
         changed=datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds"),
     )
 
 
+def _done(path: Path, stage: str) -> bool:
+    """Whether the stage is done; one that measures the artifact, whether it measured the one that lies there."""
+    run = RunFolder(path)
+    folder = run.output(stage)
+    if not (folder / MANIFEST).is_file():
+        return False
+    if stage not in ("verify", "bench"):
+        return True
+    try:
+        return bool(read_manifest(folder)["inputs"]["artifact"] == run.content("export"))
+    except (KeyError, TypeError, AttributeError):  # a manifest that is missing or broken
+        return False
+
+
 def _report(path: Path, stage: str) -> dict[str, Any]:
     with contextlib.suppress(InputError):
-        found = read_json(path / stage / "report.json")
+        found = RunFolder(path).report(stage)
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def reports(run: Run) -> dict[str, dict[str, Any]]:
-    """Stage → its report.json, of the stages that have one."""
-    return {stage: report for stage in REPORTS if (report := _report(run.path, stage))}
+    """Stage → its report.json, of the stages that are done."""
+    return {stage: report for stage in run.stages if (report := _report(run.path, stage))}
 
 
 def numbers(report: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float]]:
@@ -151,12 +160,7 @@ def find_run(name: str) -> Run:
 
 def users_of(run: Run) -> list[str]:
     """What still needs a run's folder: processes that use it, and runs built on a model inside it."""
-    built = [
-        f"run {other.path}"
-        for other in remembered_runs()
-        if other.base and other.path != run.path and other.base.is_relative_to(run.path)
-    ]
-    return [*(f"process {lease.pid} ({lease.what})" for lease in holders(run.path)), *built]
+    return users(run.path)
 
 
 def remove_run(run: Run, *, force: bool = False) -> int:
@@ -164,26 +168,26 @@ def remove_run(run: Run, *, force: bool = False) -> int:
 
     Raises InputError while something uses it, unless `force`.
     """
-    users = users_of(run)
-    if users and not force:
+    from filelock import FileLock, Timeout
+
+    needed_by = users_of(run)
+    if needed_by and not force:
         raise InputError(
-            f"is still used by {', '.join(users)}",
+            f"is still used by {', '.join(needed_by)}",
             where=run.path,
             fix="stop or remove that first, or use --force",
         )
-    freed = delete_folder(run.path)
+    lock = FileLock(run.path / ".lock")  # held while it is deleted, so that no run starts in it
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if not force:
+            raise InputError(
+                "another edgetune process works in it", where=run.path, fix="stop that first, or use --force"
+            ) from error
+    try:
+        freed = delete_folder(run.path)
+    finally:
+        lock.release()
     forget_run(run.path)
     return freed
-
-
-def delete_folder(folder: Path) -> int:
-    """Delete a folder, renamed first so that it is there whole or not at all. Returns the bytes freed."""
-    import shutil
-
-    size = folder_size(folder)
-    trash = folder.with_name(f"{TMP_PREFIX}{folder.name}-deleted")
-    if trash.exists():
-        shutil.rmtree(trash)  # of a deletion that died
-    folder.rename(trash)
-    shutil.rmtree(trash)
-    return size

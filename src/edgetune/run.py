@@ -16,7 +16,7 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.errors import InputError
-from edgetune.files import HashCache, digest, hashes_digest, read_json, remove_leftovers, write_json
+from edgetune.files import HashCache, digest, read_json, remove_leftovers, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "edgetune/manifest/1"
@@ -125,7 +125,7 @@ class RunFolder:
     def content(self, stage: str) -> str:
         """Digest of the stage's output: what a later stage depends on."""
         outputs = read_manifest(self.output(stage))["outputs"]
-        return hashes_digest({name: entry["sha256"] for name, entry in outputs.items() if name not in NOT_CONTENT})
+        return digest({name: entry["sha256"] for name, entry in outputs.items() if name not in NOT_CONTENT})
 
 
 def _difference(found: Mapping[str, Any], work: Work) -> str:

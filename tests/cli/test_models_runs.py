@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from conftest import edgetune
 from edgetune.files import write_json
 from edgetune.leases import lease, remember_run
 from edgetune.models import store
 from edgetune.models.base import Base, file_hashes
+from edgetune.run import RunFolder, Work, seal
 
 
 @pytest.fixture
 def kept(tiny_model: Path, own_home: Path) -> Path:
-    """A kept model."""
+    """Folder of a model that is kept."""
     entry = store.entry_for("Tiny model", "abcdef0123456789")
     shutil.copytree(tiny_model, entry)
     store.seal(entry, Base(entry, "package:tiny", "package", "1.0", "mit", file_hashes(entry), "someone/Tiny"))
@@ -28,11 +30,20 @@ def kept(tiny_model: Path, own_home: Path) -> Path:
 
 def _run(path: Path, base: Path | None = None, **reports: dict[str, Any]) -> Path:
     write_json(path / "recipe.json", {"model": {"id": "x"}, "data": {}})
+    run = RunFolder(path)
+    _export(path, "weights")
     for stage, report in reports.items():
         write_json(path / stage / "report.json", report)
-        write_json(path / {"train": "adapter"}.get(stage, stage) / "manifest.json", {})
+        for folder in run.folders(stage):
+            folder.mkdir(exist_ok=True)
+            seal(folder, Work(stage, {"artifact": run.content("export")}, {}))
     remember_run(path, base)
     return path
+
+
+def _export(path: Path, content: str) -> None:
+    write_json(path / "artifact" / "model.json", content)
+    seal(path / "artifact", Work("export", {}, {}))
 
 
 def _json(*args: str | Path) -> Any:
@@ -129,7 +140,7 @@ def test_runs_ls_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     runs = {run["name"]: run for run in _json("runs", "ls")}
     assert set(runs) == {"first", "second"}
-    assert runs["first"]["stages"] == ["train", "verify"]
+    assert runs["first"]["stages"] == ["train", "export", "verify"]
     assert (runs["first"]["passed"], runs["second"]["passed"]) == (False, None)
     shown = _json("runs", "show", "first")
     assert shown["reports"]["verify"]["kld_mean"] == 0.44
@@ -139,6 +150,34 @@ def test_runs_ls_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "NOT passed" in plain.stdout
     (first / "verify" / "report.json").write_text("{broken")
     assert _json("runs", "show", first)["passed"] is None
+
+
+def test_only_the_artifact_that_was_verified_is_said_to_have_passed(tmp_path: Path) -> None:
+    run = _run(tmp_path / "runs" / "quick", verify={"passed": True}, bench={"ttft_ms": 3})
+    shown = _json("runs", "show", run)
+    assert (shown["passed"], shown["stages"]) == (True, ["export", "verify", "bench"])
+    _export(run, "other weights")
+    shown = _json("runs", "show", run)
+    assert (shown["passed"], shown["stages"], shown["reports"]) == (None, ["export"], {})
+    manifest = run / "artifact" / "manifest.json"
+    for broken in ("{", "[]", json.dumps(json.loads(manifest.read_text()) | {"outputs": [1]})):
+        manifest.write_text(broken)
+        assert _json("runs", "show", run)["passed"] is None
+    shutil.rmtree(run / "artifact")
+    assert _json("runs", "show", run)["passed"] is None
+    (entry,) = _json("runs", "ls")
+    assert (entry["passed"], entry["stages"]) == (None, [])
+
+
+def test_runs_rm_refuses_a_run_under_way(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    with FileLock(run / ".lock"):
+        refused = edgetune("runs", "rm", run)
+        assert refused.returncode == 2
+        assert "another edgetune process works in it" in refused.stderr
+        assert run.is_dir()
+        forced = edgetune("runs", "rm", run, "--force")
+    assert (forced.returncode, run.exists()) == (0, False), forced.stderr
 
 
 def test_runs_rm(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Hub:
         self.files = files
         self.url = ""
         self.fetched: list[str] = []  # files whose content was asked for
+        self.asked = 0  # requests of any kind
         self.cut: str | None = None  # a file whose download breaks off in the middle
 
 
@@ -53,6 +54,7 @@ def hub(folder: Path, **extra: bytes) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            state.asked += 1
             if "org/gated" in path:
                 self.send(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="ask for access")
             elif "org/tiny" not in path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.errors import InputError
-from edgetune.models import check_folder, resolve
+from edgetune.models import check_folder, local, resolve
 from edgetune.models.base import stated_license
 from edgetune.recipe import ModelSection
 
@@ -90,7 +91,9 @@ def _code(model: Path) -> None:
     [
         (lambda m: (m / "config.json").unlink(), "no config.json"),
         (lambda m: (m / "config.json").write_text("{"), "config.json: not a JSON file"),
-        (lambda m: (m / "config.json").write_text("[]"), "names no `model_type`"),
+        (lambda m: (m / "config.json").write_text("[]"), "config.json: holds no JSON object"),
+        (lambda m: (m / "generation_config.json").write_text("[]"), "generation_config.json: holds no JSON object"),
+        (lambda m: _edit(m / "config.json", model_type=7), "names no `model_type`"),
         (lambda m: (m / "tokenizer.json").write_text('{"a":'), "tokenizer.json: not a JSON file"),
         (lambda m: (m / "model.safetensors").unlink(), "no weights"),
         (_pickle_only, r"only pickle weights \(pytorch_model.bin\)(.|\n)*save_pretrained"),
@@ -109,6 +112,8 @@ def test_refused(model: Path, spoil: Callable[[Path], object], message: str) -> 
     spoil(model)
     with pytest.raises(InputError, match=message):
         resolve(ModelSection(id=str(model)))
+    with pytest.raises(InputError, match=message):
+        local(ModelSection(id=str(model)))
 
 
 def test_code_is_accepted_where_trusted_or_not_needed(model: Path) -> None:
@@ -158,6 +163,27 @@ def test_not_a_folder(model: Path, tmp_path: Path) -> None:
         resolve(ModelSection(id=str(run)))
     with pytest.raises(InputError, match="revision"):
         resolve(ModelSection(id=str(model), revision="main"))
+
+
+def test_what_resolve_refuses_is_not_on_this_machine_either(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for wrong in (
+        ModelSection(id="./absent"),
+        ModelSection(id=str(tmp_path / "absent")),
+        ModelSection(id="a/b/c"),
+        ModelSection(id="absent.gguf"),
+        ModelSection(id="package:absent"),
+        ModelSection(id=str(model), revision="main"),
+    ):
+        said = []
+        for ask in (resolve, local):
+            with pytest.raises(InputError) as caught:
+                ask(wrong)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+    assert local(ModelSection(id=f" {os.path.relpath(model)} ")) == resolve(ModelSection(id=str(model)))
 
 
 def test_license_of_broken_card(tmp_path: Path) -> None:

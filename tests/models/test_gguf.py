@@ -16,7 +16,7 @@ import pytest
 from tiny_gguf import write_gguf
 
 from edgetune.errors import InputError
-from edgetune.models import load_model, load_tokenizer, resolve, store
+from edgetune.models import load_model, load_tokenizer, local, resolve, store
 from edgetune.recipe import ModelSection
 
 
@@ -62,9 +62,10 @@ def test_folder_is_clean_and_complete(gguf_file: Path) -> None:
 
 
 def test_converted_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local(ModelSection(id=str(gguf_file))) is None
     first = _resolve(gguf_file)
     monkeypatch.setattr("edgetune.models.gguf.convert", lambda *_: pytest.fail("converted again"))
-    assert _resolve(gguf_file) == first
+    assert _resolve(gguf_file) == first == local(ModelSection(id=str(gguf_file)))
 
 
 def test_same_file_elsewhere_is_not_converted_again(
@@ -118,7 +119,7 @@ def test_killed_conversion_is_not_taken_for_done(gguf_file: Path, own_home: Path
     assert said.startswith("saved")
     assert (half / "model.safetensors").is_file(), "the weights were written when it was killed"
     assert [p.name.startswith(".tmp-") for p in (own_home / "models").iterdir()] == [True]
-    assert store.kept() == []
+    assert store.kept_models() == []
     base = _resolve(gguf_file)
     assert store.lookup(base.path) == base
     assert [p.name for p in (own_home / "models").iterdir()] == [base.path.name], "the leftover is gone"
@@ -150,9 +151,10 @@ def test_truncated_at_any_byte(gguf_file: Path, tmp_path: Path) -> None:
     for size in sizes:
         broken = tmp_path / f"cut-{size}.gguf"
         broken.write_bytes(content[:size])
-        with pytest.raises(InputError, match=r"truncated or broken|no GGUF file"):
-            _resolve(broken)
-    assert store.kept() == []
+        for ask in (resolve, local):
+            with pytest.raises(InputError, match=r"truncated or broken|no GGUF file"):
+                ask(ModelSection(id=str(broken)))
+    assert store.kept_models() == []
 
 
 def test_bad_files(gguf_file: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -184,5 +186,5 @@ def test_unknown_architecture_and_missing_weight(tiny_model: Path, tmp_path: Pat
 
 def test_no_gguf_package(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match="pip install 'gguf"):
+    with pytest.raises(InputError, match=r"gguf is not installed(.|\n)*edgetune\[train\]"):
         _resolve(gguf_file)

@@ -16,19 +16,21 @@ from fake_hub import COMMIT, Hub, hub
 RESOLVE = """
 import json, sys
 from edgetune.errors import EdgetuneError
-from edgetune.models import resolve
+from edgetune.models import local, resolve
 from edgetune.recipe import ModelSection
 try:
-    base = resolve(ModelSection(**json.loads(sys.argv[1])))
+    base = (local if sys.argv[2:] else resolve)(ModelSection(**json.loads(sys.argv[1])))
 except EdgetuneError as error:
     print(error.text(), file=sys.stderr)
     sys.exit(error.exit_code)
 from dataclasses import asdict
-print(json.dumps(asdict(base), default=str))
+print(json.dumps(base and asdict(base), default=str))
 """
 
 
-def _resolve(url: str, cache: Path, offline: bool = False, **section: Any) -> subprocess.CompletedProcess[str]:
+def _resolve(
+    url: str, cache: Path, offline: bool = False, local: bool = False, **section: Any
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": url,
@@ -38,7 +40,7 @@ def _resolve(url: str, cache: Path, offline: bool = False, **section: Any) -> su
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-c", RESOLVE, json.dumps({"id": "org/tiny", **section})]
+    command = [sys.executable, "-c", RESOLVE, json.dumps({"id": "org/tiny", **section}), *(["local"] if local else [])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -89,6 +91,41 @@ def test_download_then_offline(served: Hub, tmp_path: Path, own_home: Path) -> N
     lacking = _resolve(served.url, tmp_path, offline=True)
     assert lacking.returncode == 2
     assert _resolve(served.url, tmp_path).returncode == 0, "what is missing is fetched again"
+
+
+def _local(url: str, cache: Path, **section: Any) -> Any:
+    done = _resolve(url, cache, local=True, **section)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_hub_is_not_asked_about_what_is_here(served: Hub, tmp_path: Path) -> None:
+    assert _local(served.url, tmp_path) is None
+    assert served.asked == 0
+    base = json.loads(_resolve(served.url, tmp_path).stdout)
+    served.asked = 0
+    assert _local(served.url, tmp_path) == _local(served.url, tmp_path, revision=COMMIT) == base
+    assert json.loads(_resolve(served.url, tmp_path, revision=COMMIT).stdout) == base
+    assert served.asked == 0
+    assert _local(served.url, tmp_path, revision="other") is None
+    assert _resolve(served.url, tmp_path, revision=COMMIT, trust_remote_code=True).returncode == 0
+    assert "code.py" in served.fetched, "a model that was here without its code"
+    (Path(base["path"]) / "tokenizer.json").unlink()
+    assert _local(served.url, tmp_path) is None
+    assert _resolve(served.url, tmp_path, revision=COMMIT).returncode == 0, "what is missing is fetched again"
+
+
+def test_here_but_broken(served: Hub, tmp_path: Path, own_home: Path) -> None:
+    assert _resolve(served.url, tmp_path, local=True, id="org/bad..name").returncode == 2
+    base = json.loads(_resolve(served.url, tmp_path).stdout)
+    next((own_home / "models").glob("*/manifest.json")).unlink()  # as if another program had downloaded it
+    weights = Path(base["path"]) / "model.safetensors"
+    weights.resolve().write_bytes(weights.read_bytes()[:-1])
+    broken = _resolve(served.url, tmp_path, local=True)
+    assert broken.returncode == 2
+    assert "model.safetensors: is truncated" in broken.stderr
+    weights.unlink()
+    assert _local(served.url, tmp_path) is None
 
 
 def test_code_only_when_trusted(served: Hub, tmp_path: Path) -> None:

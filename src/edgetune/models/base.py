@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgetune.errors import InputError
-from edgetune.files import HashCache, hashes_digest
+from edgetune.files import HashCache, digest
 
 Source = Literal["hub", "folder", "gguf", "package"]
 
@@ -43,14 +41,7 @@ class Base:
     @property
     def digest(self) -> str:
         """One hex SHA-256 of the model's content; equal for equal files, wherever they lie."""
-        return hashes_digest(self.files)
-
-
-def need(*packages: str) -> None:
-    """Raise InputError when one of these packages, which the base install leaves out, is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"the package {package} is not installed", fix="pip install 'edgetune[train]'")
+        return digest(self.files)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -12,9 +12,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from edgetune.errors import InputError
+from edgetune.errors import InputError, need
 from edgetune.files import read_json
-from edgetune.models.base import model_files, need
+from edgetune.models.base import model_files
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +34,10 @@ TO_SAFETENSORS = (
     "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the "
     "tokenizer likewise"
 )
+
+
+class Incomplete(InputError):
+    """A file that every model has is not there, as in a download that broke off."""
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -56,14 +60,14 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
     for shard in _weights(folder):
         check_safetensors(shard)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise InputError(
+        raise Incomplete(
             "there is no tokenizer (tokenizer.json, tokenizer.model, vocab.json, …)",
             where=folder,
             fix="copy the tokenizer's files from the model that this one was made from",
         )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
-            read_json(folder / name)
+            _object(folder / name)
     _code(folder, config, trust_remote_code)
 
 
@@ -93,7 +97,7 @@ def _not_something_else(folder: Path) -> None:
         raise InputError("is a run, not a model", where=folder, fix=f"give its merged model: {folder / 'merged'}")
     if not has("config.json"):
         below = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        raise InputError(
+        raise Incomplete(
             "there is no config.json, so this is no model folder",
             where=folder,
             fix=f"did you mean {folder / below[0]}?"
@@ -118,8 +122,8 @@ def _links(folder: Path) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = _object(path)
+    if not isinstance(config.get("model_type"), str):
         raise InputError(
             "names no `model_type`",
             where=path,
@@ -134,6 +138,13 @@ def _config(folder: Path) -> dict[str, Any]:
             fix="give the model in full precision; quantization happens in `edgetune export`",
         )
     return config
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError("holds no JSON object", where=path, fix="copy it again from where the model came from")
+    return content
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -158,14 +169,13 @@ def _weights(folder: Path) -> list[Path]:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         raise InputError("there are only GGUF weights", where=folder, fix=f"give the file: {ggufs[0]}")
-    raise InputError(
+    raise Incomplete(
         "there are no weights (*.safetensors)", where=folder, fix="download or copy the model again, whole"
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = _object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
             "holds no `weight_map`", where=index, fix="copy the index again from where the model came from"
@@ -179,7 +189,7 @@ def _shards(index: Path) -> list[Path]:
                 fix="do not use this model",
             )
         if not (index.parent / name).is_file():
-            raise InputError(
+            raise Incomplete(
                 f"{name} is missing ({len(names)} shards belong to this model)",
                 where=index.parent,
                 fix="copy or download it again",

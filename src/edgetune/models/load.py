@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import EdgetuneError, InputError, first_line, need
 from edgetune.files import read_json
-from edgetune.models.base import need
 from edgetune.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _explained(path: Path, what: str) -> Iterator[None]:
             raise
         raise _input_error(path, what, error) from error
     except ImportError as error:
-        raise InputError(f"{what}: {_first_line(error)}", where=path, fix="install what is named") from error
+        raise InputError(f"{what}: {first_line(error)}", where=path, fix="install what is named") from error
     except RuntimeError as error:
         if "allocate" in str(error):
             raise EdgetuneError(
@@ -189,9 +188,4 @@ def _input_error(path: Path, what: str, error: Exception) -> InputError:
             where=path,
             fix="give a model that generates text, such as SmolLM2 or Phi-3",
         )
-    return InputError(f"{what}: {_first_line(error)}", where=path, fix="copy or download the model again, whole")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if not isinstance(error, KeyError) else f"{lines[0]} is missing"
+    return InputError(f"{what}: {first_line(error)}", where=path, fix="copy or download the model again, whole")

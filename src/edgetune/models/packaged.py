@@ -65,7 +65,7 @@ def from_package(id: str) -> Base:
     return replace(found, id=origin.id)
 
 
-def kept(id: str) -> Base | None:
+def cached(id: str) -> Base | None:
     """The model that `package:NAME` carries if it is on this machine already. Raises InputError: unknown name."""
     _, _, origin, entry = _known(id)
     found = store.lookup(entry)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from edgetune.files import folder_size
 from edgetune.progress import Task
 
 
@@ -82,9 +83,9 @@ def growth_shown(folder: Path, shown: Task) -> Iterator[None]:
     stop = threading.Event()
 
     def watch() -> None:
-        before = seen = _bytes_below(folder)
+        before = seen = folder_size(folder)
         while not stop.wait(0.3):
-            now = _bytes_below(folder)
+            now = folder_size(folder)
             if now > seen:
                 shown.advance(now - seen, f"{(now - before) / 1e6:,.0f} MB")
                 seen = now
@@ -96,11 +97,3 @@ def growth_shown(folder: Path, shown: Task) -> Iterator[None]:
     finally:
         stop.set()
         watcher.join()
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # temporary files come and go
-            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
-    return total

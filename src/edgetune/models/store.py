@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import InputError
-from edgetune.files import TMP_PREFIX, home, read_json, staged_folder, write_json
-from edgetune.leases import holders, remembered_runs
+from edgetune.files import TMP_PREFIX, delete_folder, home, read_json, staged_folder, write_json
+from edgetune.leases import users
 from edgetune.models.base import Base, file_hashes
 from edgetune.progress import say
-from edgetune.registry import delete_folder
 
 MANIFEST, FORMAT = "manifest.json", "edgetune/model/1"
 
@@ -163,30 +162,28 @@ class Kept:
         }
 
 
-def kept() -> list[Kept]:
+def kept_models() -> list[Kept]:
     """All kept models, by name."""
     folder = models_home()
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-    return [model for entry in entries if (model := _kept(entry))]
+    return [model for entry in entries if (model := _described(entry))]
 
 
-def _kept(entry: Path) -> Kept | None:
+kept = kept_models  # until cli/models.py uses the name
+
+
+def _described(entry: Path) -> Kept | None:
     manifest = _manifest(entry)
     if manifest is None:
         return None
     base = _base(entry, manifest)
     size = sum(path.stat().st_size for name in base.files if (path := base.path / name).is_file())
-    return Kept(entry.name, entry, base, manifest["created"], size, _users(base.path))
-
-
-def _users(folder: Path) -> list[str]:
-    runs = [f"run {run.path}" for run in remembered_runs() if run.base and run.base == folder.resolve()]
-    return [*runs, *(f"process {lease.pid} ({lease.what})" for lease in holders(folder))]
+    return Kept(entry.name, entry, base, manifest["created"], size, users(base.path))
 
 
 def find(name: str) -> Kept:
     """The kept model of that name, id, upstream id or path. Raises InputError unless there is exactly one."""
-    models = kept()
+    models = kept_models()
     as_path = Path(name).expanduser().resolve()
     found = [m for m in models if name == m.name or as_path in (m.entry.resolve(), m.base.path.resolve())]
     found = found or [m for m in models if name in (m.base.id, m.base.upstream)]
