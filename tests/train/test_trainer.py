@@ -59,6 +59,7 @@ def test_report_metrics_plot_and_adapter(base: Base, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
     ]
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["r"] == 4 and config["base_model_name_or_path"] == base.id

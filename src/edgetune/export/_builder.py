@@ -30,7 +30,9 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent closes its end, or is no more
+    os.read(
+        0, 1
+    )  # returns when the parent closes its end, or is no more; sys.stdin's lock would stand in the way at exit
     os._exit(1)
 
 
