@@ -7,14 +7,14 @@ import ctypes
 import gc
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.examine import train_files, validation_files
-from edgetune.errors import GateError, InputError
+from edgetune.errors import GateError, InputError, require_extra
 from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import STAGES, RunFolder, Work, seal
@@ -90,7 +90,7 @@ class Pipeline:
         wanted = STAGES[: STAGES.index(until) + 1]
         if first and first not in wanted:
             raise InputError(f"--from {first} lies after --until {until}", fix=f"stages in order: {', '.join(STAGES)}")
-        self._look_before()
+        self._look_before(wanted)
         self._resume = resume and not force
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
@@ -119,10 +119,13 @@ class Pipeline:
                 forget_run(path.absolute())
             raise
 
-    def _look_before(self) -> None:
+    def _look_before(self, stages: Sequence[str]) -> None:
         """Refuse what is sure to fail later, before anything is fetched or written."""
         from edgetune.export.targets import load_target
 
+        require_extra("train")
+        if "export" in stages:
+            require_extra("export")
         load_target(self.recipe.export.target)
         for path in [*train_files(self.recipe.data), *validation_files(self.recipe.data)]:
             self._hash(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import psutil
 
 from edgetune.data.examine import train_files
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, InputError, require_extra
 from edgetune.files import home
 from edgetune.models import Base, local
 from edgetune.pipeline import Pipeline
@@ -37,14 +36,8 @@ def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: b
     """
     recipe = loaded.recipe
     checks: list[dict[str, Any]] = []
-    missing = [name for name in ("torch", "transformers", "peft", "onnx", "onnx_ir") if find_spec(name) is None]
-    what = (
-        f"not installed: {', '.join(missing)} (pip install 'edgetune[all]')"
-        if missing
-        else "all that is needed is installed"
-    )
-    checks.append({"ok": not missing, "what": what})
-    base = None if missing else _base(recipe, checks)
+    installed = _installed(checks)
+    base = _base(recipe, checks) if installed else None
     tokens = _tokens(recipe, base, checks)
     estimates = _estimates(recipe, base, tokens) if base else {}
     pipeline = Pipeline(loaded, base)
@@ -98,6 +91,17 @@ def rows(planned: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             )
         )
     return found
+
+
+def _installed(checks: list[dict[str, Any]]) -> bool:
+    try:
+        for extra in ("train", "export"):
+            require_extra(extra)
+    except InputError as error:
+        checks.append({"ok": False, "what": str(error)})
+        return False
+    checks.append({"ok": True, "what": "all that is needed is installed"})
+    return True
 
 
 def _base(recipe: Recipe, checks: list[dict[str, Any]]) -> Base | None:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgetune.errors import InputError
+from edgetune.errors import InputError, require_extra
 from edgetune.files import staged_folder, write_json
 from edgetune.leases import lease
 from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
@@ -31,6 +31,7 @@ def merge_adapter(adapter: Path, out: Path, model: ModelSection | None = None) -
     from edgetune.models import load_tokenizer, resolve
     from edgetune.train.merge import check_adapter, merge
 
+    require_extra("train")
     config = check_adapter(adapter)
     _check_out(out, adapter, "merge")
     named = config.get("base_model_name_or_path")
@@ -86,6 +87,7 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
     from edgetune.export.targets import load_target
     from edgetune.models import resolve
 
+    require_extra("export")
     target = load_target(section.target)
     _check_out(out, merged, "export")
     base = resolve(ModelSection(id=str(merged.absolute())))
@@ -139,6 +141,7 @@ def verify_artifact(
     from edgetune.models import check_folder, load_tokenizer, stop_ids
     from edgetune.runtime.artifact import open_artifact
 
+    require_extra("export")
     opened = open_artifact(artifact)
     run = opened.path.parent
     against, held_out = merged or run / "merged", data or run / "data" / "validation.jsonl"

@@ -32,12 +32,6 @@ def guarded() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
-    except MemoryError:
-        _fail(
-            EdgetuneError(
-                "not enough memory", fix="close other programs, or lower train.batch_size and data.max_length"
-            )
-        )
     except Exception as error:
         if type(error).__module__.split(".")[0] in {"typer", "click"}:
             raise  # usage errors and exits are the command line library's own

@@ -28,7 +28,7 @@ def ls(json: Json = False) -> None:
     """
     from edgetune.models import store
 
-    models = store.kept()
+    models = store.kept_models()
     if json:
         print_json([model.as_json() for model in models])
     elif not models:

@@ -169,9 +169,6 @@ def kept_models() -> list[Kept]:
     return [model for entry in entries if (model := _described(entry))]
 
 
-kept = kept_models  # until cli/models.py uses the name
-
-
 def _described(entry: Path) -> Kept | None:
     manifest = _manifest(entry)
     if manifest is None:

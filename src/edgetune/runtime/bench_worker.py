@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError
-from edgetune.runtime.hardware import default_threads
+from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
     process = psutil.Process()
     start = time.perf_counter()
     config = og.Config(str(artifact.path))
-    threads = job["threads"] or default_threads()
+    threads = checked_threads(job["threads"])
     settings = {"intra_op_num_threads": threads}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
     try:

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgetune.errors import InputError
+
 # Instruction sets that decide how fast quantized or half-precision models run.
 # Where two names stand, the system's own comes first.
 _X86 = (
@@ -134,6 +136,18 @@ def default_threads() -> int:
     """
     found = cpu()
     return max(1, min(int(found["physical_cores"]), int(found["usable_cores"])))
+
+
+def checked_threads(wanted: int | None) -> int:
+    """`wanted`, or `default_threads` when None. Raises InputError: below 1, or more than eight a core of this machine."""
+    if wanted is None:
+        return default_threads()
+    most = 8 * int(cpu()["logical_cores"])
+    if not 1 <= wanted <= most:
+        raise InputError(
+            f"must be 1 to {most} on this machine, not {wanted}", where="threads", fix="leave it out for all cores"
+        )
+    return wanted
 
 
 def load_average() -> list[float] | None:

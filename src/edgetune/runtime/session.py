@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
-from edgetune.runtime.hardware import default_threads
+from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
 from edgetune.runtime.stops import StopFilter
 
@@ -100,16 +100,15 @@ class Session:
         threads: CPU threads; all cores when None.
 
     Raises:
-        InputError: `threads` is below 1.
+        InputError: `threads` is below 1, or far more than this machine has cores.
         EdgetuneError: ONNX Runtime cannot load the artifact, or its tokenizer, template or stop tokens are
             not what the model was trained with (golden.json).
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"must be 1 or more, not {threads}", where="threads")
+        threads = checked_threads(threads)
         started = time.perf_counter()
-        self.artifact, self.threads = artifact, threads or default_threads()
+        self.artifact, self.threads = artifact, threads
         self._lock = threading.Lock()
         self._guidance_works = False
         self._og = genai()

@@ -19,6 +19,7 @@ from edgetune.files import read_json, write_json, write_text
 from edgetune.models import Base, load_model
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
+from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.train.adapter import add_adapter, base_dtype
 from edgetune.train.checkpoints import Checkpoints
@@ -126,7 +127,7 @@ def _threads(count: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(checked_threads(count) if count else before)
     try:
         yield
     finally:
