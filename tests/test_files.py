@@ -47,6 +47,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # torch.save
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_known_in_the_words_of_every_library(error: Exception) -> None:
+    explained = from_system_error(error)
+    assert explained is not None and explained.exit_code == 2 and "disk is full" in str(explained)
+    assert from_system_error(RuntimeError("something else")) is None
+
+
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         files.write_json(tmp_path / "a.json", {"x": float("nan")})

@@ -85,7 +85,7 @@ def first_line(error: Exception) -> str:
 
 
 # How libraries that write files themselves (safetensors, torch) word a full disk.
-_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing file", "Disk quota exceeded")
+_FULL = ("No space left on device", "os error 28", "inline_container.cc", "Disk quota exceeded")
 # How torch words that the system gives it no memory.
 _NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
 

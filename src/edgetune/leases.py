@@ -112,7 +112,7 @@ class Remembered:
 
 def remember_run(path: Path, base: Path | None) -> None:
     """Remember that the run in `path` is built on the model in folder `base`; the latest call counts."""
-    with _registry() as runs:
+    with contextlib.suppress(PermissionError), _registry() as runs:  # a convenience: the run does not rest on it
         runs[str(path.resolve())] = {"base": str(base.resolve()) if base else None}
 
 

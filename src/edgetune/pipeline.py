@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ class Result:
 
     Attributes:
         path: the run folder.
-        recipe: the recipe, as it was named on the command line.
+        recipe: the recipe and its overrides, as arguments of a command line.
         done: for each stage why it was done, or None where it was fresh.
         reports: each stage's report.
         missed: what the gate said if a limit was missed; bench was not run then.
@@ -49,7 +50,7 @@ class Pipeline:
     def __init__(self, loaded: LoadedRecipe, base: Base | None = None) -> None:
         self.recipe = loaded.recipe
         self.folder = RunFolder(loaded.run_dir)
-        self._named = str(loaded.path)
+        self._named = shlex.join([str(loaded.path), *loaded.overrides])
         self._base = base
         self._resume = True
         self._do: dict[str, Callable[[Work], None]] = {

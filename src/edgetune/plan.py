@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from math import ceil
 from pathlib import Path
@@ -240,6 +241,8 @@ def _machine(recipe: Recipe, stages: list[dict[str, Any]], run_dir: Path, checks
         at = where.absolute()
         while not at.exists():
             at = at.parent
+        if not os.access(at, os.W_OK):
+            checks.append({"ok": False, "what": f"no permission to write in {at}"})
         free = shutil.disk_usage(at).free / 1e6
         checks.append(
             {

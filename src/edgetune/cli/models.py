@@ -10,6 +10,7 @@ from edgetune.cli._common import Json, megabytes, print_json, print_table
 
 app = typer.Typer(
     help="The base models that are kept on this machine: list, look at, delete.",
+    epilog="Example: edgetune models ls",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

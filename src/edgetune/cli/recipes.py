@@ -11,6 +11,7 @@ from edgetune.cli._common import Json, print_json, print_table
 
 app = typer.Typer(
     help="List, show and copy the shipped recipes; print the recipe's JSON Schema.",
+    epilog="Example: edgetune recipes ls",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

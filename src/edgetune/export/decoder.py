@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,7 +123,7 @@ def _build(merged: Path, target: Target, artifact: Path, log: Path, trust_remote
     text = text.replace(str(artifact.absolute()), artifact.name)
     write_text(log, text)
     if child.returncode != 0:
-        raise _explain(child.returncode, text, target)
+        raise _explain(child.returncode, text, target, artifact)
     return float(text.rpartition("peak_rss_mb=")[2].split()[0])
 
 
@@ -133,10 +134,10 @@ def _steps(log: Path) -> int:
     return 0
 
 
-def _explain(code: int, log: str, target: Target) -> EdgetuneError:
+def _explain(code: int, log: str, target: Target, artifact: Path) -> EdgetuneError:
     lines = [line for line in log.replace("\r", "\n").splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
-    if "No space left on device" in log:
+    if "No space left on device" in log or shutil.disk_usage(artifact.parent).free < 1_000_000:
         return InputError(
             "the disk filled up while exporting; nothing was left half-written",
             fix="free some space and run it again",

@@ -204,7 +204,7 @@ def _cached(id: str, revision: str | None, wanted: list[str], trusted: bool, why
         raise InputError(f"{id} is no hub id: {first_line(error)}", where="model.id", fix=FORMS) from error
     except LocalEntryNotFoundError as error:
         raise Incomplete(
-            f"{id} is not in the local hub cache, whole, and {why}",
+            f"{id} is not in the local hub cache, whole, and {why}; nor is there a folder {Path(id).absolute()}",
             where=constants.HF_HUB_CACHE,
             fix="with a network (and without HF_HUB_OFFLINE) run it again; without: on another machine "
             f"`hf download {id} --local-dir FOLDER`, copy FOLDER here and give model.id=FOLDER, or point "

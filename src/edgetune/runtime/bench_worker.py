@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import EdgetuneError, InputError, from_system_error
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb
 
@@ -55,7 +55,10 @@ def main() -> None:
 
     try:
         say({"result": measure(json.loads(sys.argv[1]), say)})
-    except EdgetuneError as error:
+    except (EdgetuneError, OSError) as found:
+        error = found if isinstance(found, EdgetuneError) else from_system_error(found)
+        if error is None:
+            raise
         kind = "input" if isinstance(error, InputError) else "failed"
         say({"error": {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix}})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded, collate
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import read_json, write_json, write_text
 from edgetune.models import Base, load_model
 from edgetune.models.quiet import quiet
@@ -85,6 +85,12 @@ def train(
         else:
             with progress.task("validate base", len(job.validation)) as bar:
                 before = evaluate(trainer.model, job.validation, watch.pad_id, section.batch_size, bar.advance)
+            if not math.isfinite(before["loss"]):
+                raise InputError(
+                    "the base model's own loss is not a number: its weights are broken",
+                    where=job.base.path,
+                    fix="get the model again, or try train.dtype=float32",
+                )
             kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
         if kept.step < steps and not _stops(section, kept):  # else all that was missing is what follows
             try:
