@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _REAL_HOME = os.environ.get("EDGETUNE_TEST_HOME") or os.environ.get("EDGETUNE_HOME")
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell starts background jobs; our children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -36,9 +42,10 @@ _TEXT = [
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test has an empty edgetune home of its own."""
+def own_home(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has an empty edgetune home of its own, and works in a folder without runs."""
     home = tmp_path / "edgetune-home"
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("EDGETUNE_HOME", str(home))
     return home
 

@@ -280,7 +280,7 @@ _PLAINLY = {
 
 def _described(parts: list[str]) -> str:
     """What a key is for, from the recipe's own description of it."""
-    parts = [part for part in parts if not part.isdigit()]
+    parts = [part for part in parts if not part.isdigit()] or ["recipe"]
     for section in _sections_at(parts[:-1]):
         field = section.model_fields.get(parts[-1])
         if field is not None and field.description:
