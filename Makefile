@@ -26,6 +26,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/edgetune run recipes/quickstart.yaml
+	@echo "(edgetune lies in $(BIN): first \`. $(BIN)/activate\`, or type $(BIN)/edgetune)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

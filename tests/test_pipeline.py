@@ -19,7 +19,7 @@ from edgetune import recipe_file
 from edgetune.errors import InputError
 from edgetune.files import TMP_PREFIX
 from edgetune.pipeline import Pipeline, Result
-from edgetune.run import STAGES, read_manifest
+from edgetune.run import STAGES, RunFolder, read_manifest
 from edgetune.summary import as_json, summary
 
 SETTINGS = """
@@ -272,6 +272,14 @@ def test_the_second_run_is_quick_and_needs_no_torch(project: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_a_second_run_leaves_the_first_alone(project: Path) -> None:
+    folder = RunFolder(project / "runs/tiny")
+    with folder.locked():  # as the first one holds it while it fetches its base
+        second = edgetune("run", "tiny.yaml", cwd=project)
+        assert second.returncode == 2 and "another edgetune process" in second.stderr
+        assert (project / "runs/tiny").is_dir()
 
 
 def test_dry_run_writes_nothing(project: Path) -> None:

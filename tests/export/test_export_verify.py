@@ -68,7 +68,10 @@ def test_it_loads_in_plain_onnxruntime_genai(artifact: Path) -> None:
 def test_float32_passes_with_next_to_no_difference(
     artifact: Path, tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("x")
     report = verify_artifact(artifact, tiny_model, rows, 5, {}, tmp_path / "out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "x"
     assert report["passed"] and report["kld_mean"] < 1e-5 and report["top1_agreement"] == 1.0
     assert report["perplexity"]["ratio"] == pytest.approx(1, abs=1e-4) and report["rows"] == 5
     assert report["kld_mean"] <= report["kld_p99"] <= report["kld_max"]

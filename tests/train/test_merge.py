@@ -116,6 +116,7 @@ def test_alone_on_a_folder_and_never_over_its_input(tiny_model: Path, adapter: P
         merge_adapter(adapter, adapter, ModelSection(id=str(tiny_model)))
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("x")
+    (tmp_path / "precious/manifest.json").write_text('{"name": "a browser extension"}')
     with pytest.raises(InputError, match="no earlier output"):
         merge_adapter(adapter, tmp_path / "precious", ModelSection(id=str(tiny_model)))
     assert (tmp_path / "precious/thesis.txt").read_text() == "x"
