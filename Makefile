@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-all lint clean
 
 help:
-	@echo "make demo      fine-tune, export, verify and benchmark a real model (about 6 minutes on 2 cores)"
+	@echo "make demo      fine-tune, export, verify and benchmark a real model (4 to 6 minutes on 2 cores, once installed)"
 	@echo "make test      run the tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  run the slow tests, too"
 	@echo "make lint      ruff and mypy"

@@ -190,9 +190,7 @@ def _estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> dict[str, 
     activations = held * layers * 5 * (10 * hidden + 6 * inner) * (1 if half else 1.4) + 0.4 * held * vocabulary * 14
     precision = load_target(recipe.export.target).precision
     artifact_mb = (
-        {"fp32": 4.0, "int8": 2.0 if vocabulary * hidden * 4 > parameters else 1.3, "int4": 0.7}[precision]
-        * parameters
-        / 1e6
+        {"fp32": 4.0, "int8": 1.15 + 4 * vocabulary * hidden / parameters, "int4": 0.7}[precision] * parameters / 1e6
     )
     verify_tokens = (
         min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1)) + 8 * recipe.verify.golden_tokens * 8

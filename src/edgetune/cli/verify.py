@@ -66,6 +66,7 @@ def command(
                     f"at most {limits['perplexity_ratio']:g} times that",
                 ),
                 *((f"greedy answer to “{text['prompt'][:30]}”", _parting(text), "") for text in found["golden"]),
+                *(("warning", text, "") for text in found["warnings"]),
                 ("gate", "passed" if found["passed"] else "NOT PASSED", ""),
             ],
         )

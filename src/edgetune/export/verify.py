@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Logits = Callable[[Sequence[int]], torch.Tensor]
 
+_ENOUGH = 200  # tokens under which one or two disagreements decide the gate
 _CHUNK = 256  # positions whose distributions are in memory at once, float32
 
 
@@ -99,6 +100,8 @@ def verify(
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mb": round(peak_rss_mb(), 1),
     }
+    few = f"only {result['tokens']} tokens were compared, too few to judge by: hold out more rows (data.validation)"
+    result["warnings"] = [few] if result["tokens"] < _ENOUGH else []
     result["failures"] = failures(result, section.limits)
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
@@ -114,6 +117,8 @@ def gate_error(report: dict[str, Any], artifact: Path) -> GateError:
     else:
         more = "export.target=cpu-int8" if report["precision"] == "int4" else "export.target=cpu-fp32"
         fix = f"{says}choose more bits ({more}), or set verify.limits if this loss is acceptable to you"
+    if report["warnings"]:
+        fix = f"{report['warnings'][0]}; else {fix}"
     return GateError(f"the gate is not passed: {'; '.join(report['failures'])}", where=artifact, fix=fix)
 
 
