@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -54,9 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_this_machine_works():
-    start = time.monotonic()
     done = edgetune("doctor", "--json")
-    assert time.monotonic() - start < 20  # about 1 s on a quiet machine
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["ok"] and not found["broken"], found["broken"]
     assert found["runtime"]["works"] and found["runtime"]["telemetry_off"]

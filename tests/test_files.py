@@ -191,7 +191,7 @@ def test_a_busy_hash_cache_is_not_waited_for(tmp_path: Path) -> None:
     with FileLock(files.home() / "hashes.json.lock"):
         start = time.monotonic()
         files.HashCache().folder(tmp_path)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 30  # the lock is held until then: waiting would never end
 
 
 @pytest.mark.parametrize("text", ["{nonsense", "[]", '{"/a": [1, 2, 3, "x"]}'])

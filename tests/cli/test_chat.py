@@ -66,7 +66,7 @@ def test_ctrl_c_stops_the_answer_only(capsys: pytest.CaptureFixture[str]) -> Non
     timer.start()
     started = time.monotonic()
     assert talk.take("tell me") is True
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert signal.getsignal(signal.SIGINT) is before
     out = capsys.readouterr()
     assert "word0 word1" in out.out and "what was said is kept" in out.err

@@ -52,7 +52,7 @@ def test_starts_answers_and_ends(tiny_artifact: Path, own_home: Path, number: si
         started = time.monotonic()
         process.send_signal(number)
         rest, said = process.communicate(timeout=10)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     assert (process.returncode, rest) == (0, "")
     assert f"curl {ready['url']}/v1/chat/completions" in said
     assert "POST /v1/chat/completions 200" in said

