@@ -24,7 +24,7 @@ from typing import Any
 
 from edgetune import __version__
 from edgetune.errors import EdgetuneError
-from edgetune.files import home
+from edgetune.files import existing, home
 from edgetune.runtime.hardware import bandwidth_gb_s, hardware
 
 EXTRAS = ("runtime", "train", "export", "dev")
@@ -342,17 +342,10 @@ def _nvidia_driver() -> bool:
     return bool(ctypes.util.find_library("nvcuda" if os.name == "nt" else "cuda")) or Path("/dev/nvidiactl").exists()
 
 
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def _free_mb(folder: Path) -> int:
-    return shutil.disk_usage(_existing(folder)).free // 1_000_000
+    return shutil.disk_usage(existing(folder)).free // 1_000_000
 
 
 def _writable(folder: Path) -> bool:
-    at = _existing(folder)
+    at = existing(folder)
     return at.is_dir() and os.access(at, os.W_OK | os.X_OK)

@@ -234,12 +234,17 @@ def folder_size(folder: Path) -> int:
     return total
 
 
+def existing(path: Path) -> Path:
+    """`path`, or its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise InputError when the disk that holds `folder` has less than `needed` bytes free."""
-    at = folder
-    while not at.exists():
-        at = at.parent
-    free = shutil.disk_usage(at).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         raise InputError(
             f"{what} needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",

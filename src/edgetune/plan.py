@@ -13,7 +13,7 @@ import psutil
 
 from edgetune.data.examine import train_files
 from edgetune.errors import EdgetuneError, InputError, require_extra
-from edgetune.files import home
+from edgetune.files import existing, home
 from edgetune.models import Base, local
 from edgetune.pipeline import Pipeline
 from edgetune.recipe import Recipe
@@ -236,9 +236,7 @@ def _machine(recipe: Recipe, stages: list[dict[str, Any]], run_dir: Path, checks
         what += "; lower train.batch_size (and raise train.gradient_accumulation) or data.max_length"
     checks.append({"ok": memory <= have, "what": what})
     for where, needed in ((run_dir, disk), (home(), 0.0)):
-        at = where.absolute()
-        while not at.exists():
-            at = at.parent
+        at = existing(where)
         if not os.access(at, os.W_OK):
             checks.append({"ok": False, "what": f"no permission to write in {at}"})
         free = shutil.disk_usage(at).free / 1e6

@@ -13,8 +13,7 @@ from typing import Any
 from edgetune.errors import InputError
 from edgetune.files import write_json
 from edgetune.models import load_tokenizer
-
-FORMAT = "edgetune/golden/1"
+from edgetune.runtime.artifact import GOLDEN_FORMAT
 
 # Conversations without a user's data: ordinary words, a system turn, several turns, and text that is hard to tokenize.
 CONVERSATIONS: list[list[dict[str, str]]] = [
@@ -60,7 +59,7 @@ def write_contract(
     write_json(
         artifact / "golden.json",
         {
-            "format": FORMAT,
+            "format": GOLDEN_FORMAT,
             "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_ids": stop_ids,
             "prompts": prompts,

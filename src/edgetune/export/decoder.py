@@ -57,7 +57,8 @@ def export_decoder(
     )
     started = time.monotonic()
     peak = _build(merged, target, artifact, report / "builder.log", trust_remote_code)
-    limit = min(max_length, context_length(merged))
+    context = context_length(merged)
+    limit = min(max_length, context)
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     ids = stop_ids(merged)
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
@@ -73,7 +74,7 @@ def export_decoder(
         "precision": target.precision,
         "provider": target.provider,
         "max_length": limit,
-        "model_context": context_length(merged),
+        "model_context": context,
         "stop_ids": ids,
         "files_mb": {path.name: round(path.stat().st_size / 1e6, 3) for path in sorted(artifact.iterdir())},
         "seconds": round(time.monotonic() - started, 1),

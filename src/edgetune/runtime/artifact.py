@@ -14,9 +14,9 @@ from typing import Any
 from edgetune import progress
 from edgetune.errors import InputError
 from edgetune.files import read_json
+from edgetune.run import FORMAT
 
 MANIFEST = "manifest.json"
-FORMAT = "edgetune/manifest/1"
 GOLDEN_FORMAT = "edgetune/golden/1"
 _NEEDED = ("genai_config.json", "golden.json", "tokenizer.json", "tokenizer_config.json")
 # What ONNX Runtime GenAI would read though the manifest does not know it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,4 +199,3 @@ def _clean(folder: Path, base: Base) -> None:
         if name == "config.json" and base.source in ("hub", "package"):
             values["_name_or_path"] = base.id
         write_json(path, values)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
