@@ -73,27 +73,81 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="Improvement in loss that counts.")
 
 
+class DistributedSection(Section):
+    """Training on several processes or machines."""
+
+    engine: Literal["ddp", "deepspeed", "fsdp"] = Field(
+        "ddp", description="`ddp` copies the model to each process; `deepspeed` and `fsdp` divide it."
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="DeepSpeed only: 1 divides the optimizer state, 2 the gradients too, 3 the weights too."
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="`cpu` keeps what is divided in main memory; deepspeed and fsdp only."
+    )
+
+
 class TrainSection(Section):
     """Fine-tuning."""
 
-    method: Literal["lora"] = Field("lora", description="What is trained.")
+    method: Literal["lora", "qlora", "dora", "full"] = Field(
+        "lora",
+        description="`lora` trains low-rank updates; `qlora` does so on a base kept in 4 bits (NF4); `dora` trains the "
+        "weights' lengths too; `full` trains all weights.",
+    )
     rank: int = Field(16, ge=1, le=1024, description="Rank of the LoRA matrices.")
-    alpha: float = Field(32, gt=0, description="LoRA scale: the update is multiplied by alpha / rank.")
+    alpha: float = Field(
+        32, gt=0, description="LoRA scale: the update is multiplied by alpha / rank (by alpha / √rank with `rslora`)."
+    )
+    rslora: bool = Field(False, description="Rank-stabilized scale (arXiv 2312.03732), for large ranks.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Layers that get an adapter: `all-linear` (the head left out), or names such as `q_proj`.",
     )
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Modules that are trained whole beside the adapter, such as `lm_head`."
+    )
+    initialization: Literal["default", "gaussian", "pissa", "olora", "eva", "loftq"] = Field(
+        "default", description="How the adapter starts: peft's `init_lora_weights`; `default` changes nothing at first."
+    )
+    neftune_alpha: float | None = Field(
+        None, gt=0, description="Noise on the embeddings while training (NEFTune, arXiv 2310.05914); off when not given."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that goes to all other tokens.")
     epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps; overrides `epochs`.")
-    batch_size: int = Field(8, ge=1, description="Rows a forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes an optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field(
+    batch_size: int | None = Field(None, ge=1, description="Rows an optimizer step; 8 when nothing is given.")
+    batch_tokens: int | None = Field(
+        None, ge=8, description="Tokens an optimizer step, in place of `batch_size`: as many whole rows as fit."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Multiplies the step's batch: this many times `batch_size` rows or `batch_tokens`."
+    )
+    pass_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens a forward pass holds at most (a longer row goes alone). Decides memory and speed, not the "
+        "result; chosen to fit when not given.",
+    )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Rows of a pass one behind the other without padding, each seeing only itself; `auto`: where the "
+        "model's attention allows it.",
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, lt=1, description="Peak learning rate; one that fits the method and the model when not given."
+    )
+    learning_rate_multiplier: float = Field(1.0, gt=0, description="Multiplies the learning rate.")
+    lora_plus_ratio: float | None = Field(
+        None, ge=1, description="LoRA+ (arXiv 2402.12354): learning rate of B over that of A; off when not given."
+    )
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = Field("adamw", description="Optimizer.")
+    scheduler: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = Field(
         "cosine", description="Course of the learning rate after warm-up."
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="The optimizer's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     evaluations: int = Field(
         4,
@@ -101,11 +155,22 @@ class TrainSection(Section):
         description="Validations during training, evenly spread; each may become the best checkpoint.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Off when not given.")
+    samples: int = Field(
+        3, ge=0, description="Validation prompts that are answered before and after training, for the report."
+    )
+    sample_tokens: int = Field(48, ge=1, description="Tokens of each such answer at most.")
+    trackers: list[Literal["tensorboard", "trackio"]] = Field(
+        default_factory=list, description="Where the metrics also go; `metrics.jsonl` and the plot are always written."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="Compute activations twice to save memory; `auto`: only where memory would not do."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Of the frozen base: `auto` takes bfloat16 where this processor multiplies it natively. Adapters are float32.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when not given.")
+    distributed: DistributedSection | None = Field(None, description="One process when not given.")
 
     @model_validator(mode="after")
     def _early_stopping_can_happen(self) -> TrainSection:
@@ -120,6 +185,11 @@ class TrainSection(Section):
 class MergeSection(Section):
     """Folding the adapter into the base."""
 
+    onto: Literal["trained", "full-precision"] = Field(
+        "trained",
+        description="qlora only: the weights that were trained against (the 4-bit ones, dequantized), or the base as it "
+        "was published; the report gives the validation loss of both.",
+    )
     rows: int = Field(4, ge=1, description="Validation rows on which base+adapter and merged logits are compared.")
     tolerance: float = Field(
         1e-3,
