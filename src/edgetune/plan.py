@@ -179,14 +179,14 @@ def _estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> dict[str, 
         if section.max_steps is None
         else (
             section.max_steps
-            * section.batch_size
+            * (section.batch_size or 8)
             * section.gradient_accumulation
             * (tokens["longest"] / 2)
             / max(tokens["train"], 1)
         )
     )
     adapter = 2 * layers * section.rank * (4.6 * hidden + 3 * (hidden + inner))
-    held = section.batch_size * tokens["longest"]  # tokens in flight; the longest batch decides
+    held = max(section.pass_tokens or 2048, tokens["longest"])  # tokens in flight
     activations = held * layers * 5 * (10 * hidden + 6 * inner) * (1 if half else 1.4) + 0.4 * held * vocabulary * 14
     precision = load_target(recipe.export.target).precision
     artifact_mb = (

@@ -76,14 +76,16 @@ def test_first_loss_is_the_mean_over_learned_tokens_whatever_the_batches(base: B
         targets = torch.tensor([t if keep else -100 for t, keep in zip(row.ids, row.learned, strict=True)])[1:]
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=-100).item()
         count += int((targets != -100).sum())
-    for name, size, accumulation in (("one", 16, 1), ("many", 4, 4)):
-        section = {**QUICK, "batch_size": size, "gradient_accumulation": accumulation, "max_steps": 1}
+    ways: dict[str, dict[str, Any]] = {
+        "one": {"batch_size": 16},
+        "many": {"batch_size": 4, "gradient_accumulation": 4, "pass_tokens": 40},
+        "padded": {"batch_size": 16, "pass_tokens": 60, "packing": False},
+    }
+    for name, way in ways.items():
+        section = {**QUICK, **way, "max_steps": 1}
         assert trained(base, tmp_path / name, section)["loss_train_first"] == pytest.approx(total / count, rel=1e-5)
-    norms = [
-        json.loads((tmp_path / n / "report/metrics.jsonl").read_text().splitlines()[1])["grad_norm"]
-        for n in ("one", "many")
-    ]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    norms = [json.loads((tmp_path / n / "report/metrics.jsonl").read_text().splitlines()[1])["grad_norm"] for n in ways]
+    assert norms == [pytest.approx(norms[0], rel=1e-4)] * 3
 
 
 def test_best_adapter_is_kept_not_the_last(base: Base, tmp_path: Path) -> None:
@@ -104,19 +106,18 @@ def test_early_stopping(base: Base, tmp_path: Path) -> None:
 def test_divergence_stops_with_the_step_and_the_cure(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgetune.train import trainer
+    from edgetune.train.objective import Objective
 
-    real, calls = trainer.learned_logits, []
+    real, calls = Objective.loss, []
 
-    def broken(model: Any, inputs: Any) -> Any:
-        logits, targets = real(model, inputs)
+    def broken(self: Objective, model: Any, batch: Any) -> Any:
         calls.append(1)
-        return (logits * float("nan") if len(calls) == 3 else logits), targets
+        return real(self, model, batch) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(trainer, "learned_logits", broken)
+    monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(EdgetuneError, match="step 3: training diverged") as caught:
-        trained(base, tmp_path, QUICK)
-    assert "learning_rate" in str(caught.value)
+        trained(base, tmp_path, QUICK, place="rows.jsonl:{}".format)
+    assert "learning_rate" in str(caught.value) and str(caught.value).count("rows.jsonl:") == 4
 
 
 def test_a_layer_that_is_not_there(base: Base, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def add_adapter(model: Any, section: TrainSection) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    from edgetune.train import lora
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
@@ -53,6 +55,7 @@ def add_adapter(model: Any, section: TrainSection) -> Any:
                 where="train.target_modules",
                 fix=f"choose from {', '.join(sorted(n for n in here if not n.isdigit()))}, or all-linear",
             )
+    lora.register(config)
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -37,6 +37,17 @@ class Checkpoints:
         self.step = int(self.last.name.rsplit("-", 1)[1]) if self.last else 0
         self.metrics = [row for row in self._read_metrics() if row["step"] <= self.step] if self.last else []
         self._write_metrics()
+        if not self.last:
+            (folder / "settled.json").unlink(missing_ok=True)
+
+    def settle(self, name: str, value: Any) -> Any:
+        """Keep what was decided on this machine when training began; whoever resumes gets that, not `value`."""
+        path = self.folder / "settled.json"
+        settled = read_json(path) if path.is_file() else {}
+        if name not in settled:
+            settled[name] = value
+            write_json(path, settled)
+        return settled[name]
 
     def _last_whole(self) -> Path | None:
         found = sorted(

@@ -3,71 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgetune.data.batch import Encoded, collate
+from edgetune.data.batch import Encoded
+from edgetune.train.objective import Objective
+from edgetune.train.schedule import passes
 
-
-def batches(rows: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]:
-    """Rows in batches of similar length, so that little is padding."""
-    ordered = sorted(rows, key=lambda row: len(row.ids))
-    return (ordered[start : start + size] for start in range(0, len(ordered), size))
-
-
-def learned_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """Run the model, and its head only at the columns of the batch where some row carries loss.
-
-    Args:
-        model: a causal language model.
-        inputs: `input_ids`, `attention_mask`, `labels`, each (B, S) int64; -100 where nothing is learned.
-
-    Returns:
-        Logits (N, V), float32, and targets (N,), int64, of the N tokens that carry loss.
-    """
-    labels = inputs["labels"][:, 1:]
-    keep = labels != -100
-    columns = keep.any(0).nonzero().flatten()
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**rest, logits_to_keep=columns, use_cache=False).logits
-    chosen = keep[:, columns]
-    return logits[chosen].float(), labels[:, columns][chosen]
+_AT_A_TIME = 64  # rows that are cut into passes together
 
 
 def evaluate(
+    objective: Objective,
     model: Any,
     rows: Sequence[Encoded],
-    pad_id: int,
-    batch_size: int,
+    pass_tokens: int,
     done: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Score `rows` with the model in evaluation mode.
 
     Args:
+        objective: of the model.
         model: a causal language model; its training mode is restored afterwards.
         rows: encoded rows.
-        pad_id: token that fills up a batch.
-        batch_size: rows a forward pass.
-        done: called with the number of rows after each batch.
+        pass_tokens: tokens a forward pass holds at most.
+        done: called with the number of rows after each pass.
 
     Returns:
         `loss` (nats a learned token, each token weighing the same), `perplexity`, `token_accuracy`, `tokens`.
     """
-    import torch
-
-    was_training = model.training
-    model.eval()
     loss, correct, count = 0.0, 0, 0
-    with torch.inference_mode():
-        for batch in batches(rows, batch_size):
-            inputs = {name: torch.from_numpy(value).to(model.device) for name, value in collate(batch, pad_id).items()}
-            logits, targets = learned_logits(model, inputs)
-            loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-            correct += int((logits.argmax(-1) == targets).sum())
-            count += targets.numel()
+    lengths = [len(row.ids) for row in rows]
+    for start in range(0, len(rows), _AT_A_TIME):
+        for one in passes(range(start, min(start + _AT_A_TIME, len(rows))), lengths, pass_tokens):
+            found = objective.score(model, [rows[row] for row in one])
+            loss, correct, count = loss + found[0], correct + found[1], count + found[2]
             if done:
-                done(len(batch))
-    model.train(was_training)
+                done(len(one))
     mean = loss / count
     return {
         "loss": mean,

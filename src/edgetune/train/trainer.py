@@ -1,4 +1,4 @@
-"""Fine-tuning on transformers' Trainer: validation, checkpoints, resuming, the report."""
+"""Fine-tuning on transformers' Trainer: steps, validation, checkpoints, resuming, the report."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune import progress
-from edgetune.data.batch import Encoded, collate
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.data.batch import Encoded
+from edgetune.errors import InputError
 from edgetune.files import read_json, write_json, write_text
 from edgetune.models import Base, load_model
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
+from edgetune.train import attention
 from edgetune.train.adapter import add_adapter, base_dtype
 from edgetune.train.checkpoints import Checkpoints
-from edgetune.train.evaluate import evaluate, learned_logits
+from edgetune.train.evaluate import evaluate
+from edgetune.train.objective import Objective
 from edgetune.train.plot import plot_loss
-from edgetune.train.schedule import schedule
-
-_CHECKPOINT_EVERY_S = 300.0
+from edgetune.train.schedule import DEFAULT_PASS_TOKENS, passes, schedule, steps_a_pass
+from edgetune.train.watch import Step, Watcher, stops
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Job:
         seed: of initialization, dropout and data order.
         key: digest of everything that decides the result; checkpoints are bound to it.
         trust_remote_code: run code that the base brings.
+        place: where the training row of a number comes from, as file:line.
     """
 
     base: Base
@@ -50,6 +52,7 @@ class Job:
     seed: int
     key: str
     trust_remote_code: bool = False
+    place: Callable[[int], str] = "row {}".format
 
 
 def train(
@@ -79,12 +82,13 @@ def train(
     transformers.set_seed(job.seed)
     kept = Checkpoints(checkpoints, job.key, resume)
     with quiet(), _threads(section.threads):
-        trainer, watch, steps = _prepare(section, job, kept)
+        trainer, watch, score = _prepare(section, job, kept)
+        steps = trainer.args.max_steps
         if kept.last:
             progress.say(f"train: resuming after step {kept.step} of {steps}")
         else:
             with progress.task("validate base", len(job.validation)) as bar:
-                before = evaluate(trainer.model, job.validation, watch.pad_id, section.batch_size, bar.advance)
+                before = score(trainer.model, bar.advance)
             if not math.isfinite(before["loss"]):
                 raise InputError(
                     "the base model's own loss is not a number: its weights are broken",
@@ -92,7 +96,7 @@ def train(
                     fix="get the model again, or try train.dtype=float32",
                 )
             kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
-        if kept.step < steps and not _stops(section, kept):  # else all that was missing is what follows
+        if kept.step < steps and not stops(section, kept):  # else all that was missing is what follows
             try:
                 trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
             finally:
@@ -102,7 +106,9 @@ def train(
         "method": section.method,
         **_told(kept.metrics),
         "stopped_early": kept.metrics[-1]["step"] < steps,
-        "epochs": round(kept.metrics[-1]["step"] / _steps_a_pass(section, job), 3),
+        "epochs": round(
+            kept.metrics[-1]["step"] / steps_a_pass([len(row.ids) for row in job.train], section, job.seed), 3
+        ),
         "rows": {"train": len(job.train), "validation": len(job.validation)},
         "seconds_in_all": round(time.monotonic() - started, 1),
         "peak_rss_mb": round(peak_rss_mb(), 1),
@@ -140,34 +146,55 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _steps_a_pass(section: TrainSection, job: Job) -> int:
-    return math.ceil(len(job.train) / (section.batch_size * section.gradient_accumulation))
-
-
-def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> tuple[Any, Any, int]:
-    """The trainer, its watcher, and the number of optimizer steps."""
-    import torch
+def _prepare(
+    section: TrainSection, job: Job, kept: Checkpoints
+) -> tuple[Any, Watcher, Callable[..., dict[str, float]]]:
+    """The trainer, its watcher, and the validation of a model."""
     import transformers
 
-    pad_id = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else job.tokenizer.eos_token_id
-    model = load_model(job.base.path, dtype=base_dtype(section), trust_remote_code=job.trust_remote_code)
-    steps = section.max_steps or max(1, math.ceil(_steps_a_pass(section, job) * section.epochs))
+    model = add_adapter(
+        load_model(job.base.path, dtype=base_dtype(section), trust_remote_code=job.trust_remote_code), section
+    )
+    objective = _objective(section, job, model)
+    budget = kept.settle("pass_tokens", section.pass_tokens or DEFAULT_PASS_TOKENS)
     lengths = [len(row.ids) for row in job.train]
-    batches = schedule(lengths, section.batch_size, steps * section.gradient_accumulation, job.seed)
-    watch = _watcher(section, job, kept, steps, batches, pad_id)
+    learned = [sum(row.learned[1:]) for row in job.train]
+    steps = [
+        Step(rows.tolist(), sum(lengths[row] for row in rows), sum(learned[row] for row in rows))
+        for rows in schedule(lengths, section, job.seed)
+    ]
+
+    def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:
+        return evaluate(objective, model, job.validation, budget, done)
+
+    watch = Watcher(section, kept, steps, score, job.place)
     trainer = _trainer_class()(
-        model=add_adapter(model, section),
-        args=_arguments(section, job.seed, steps, kept.folder),
-        train_dataset=_Batches(job.train, batches),
-        data_collator=lambda items: {
-            name: torch.from_numpy(value)
-            for name, value in collate([row for item in items for row in item], pad_id).items()
-        },
+        objective=objective,
+        model=model,
+        args=_arguments(section, job.seed, len(steps), kept.folder),
+        train_dataset=_Steps(job.train, steps, lengths, budget),
+        data_collator=lambda items: {"passes": [objective.batch(rows) for rows in items[0][0]], "learned": items[0][1]},
         callbacks=[watch],
     )
-    trainer.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
     trainer.remove_callback(transformers.PrinterCallback)
-    return trainer, watch, steps
+    return trainer, watch, score
+
+
+def _objective(section: TrainSection, job: Job, model: Any) -> Objective:
+    tokenizer = job.tokenizer
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    packed = section.packing is not False and attention.use(model)
+    objective = Objective(model, pad_id, packed, section.label_smoothing)
+    given_up = objective.prove(model, job.validation)
+    if section.packing is True and not objective.packed:
+        raise InputError(
+            "rows of this model cannot be packed" + "".join(f": {said}" for said in given_up),
+            where="train.packing",
+            fix="leave it at auto: rows are padded then",
+        )
+    for said in given_up:
+        progress.say(f"train: {said}")
+    return objective
 
 
 def _told(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -194,33 +221,46 @@ def _trainer_class() -> Any:
     import torch
     from transformers import Trainer
 
-    class LearnedTokensTrainer(Trainer):
-        """Trainer whose loss is the mean over the tokens that carry loss in the whole optimizer step."""
+    class StepTrainer(Trainer):
+        """Trainer whose batches are whole optimizer steps, and whose loss is the mean over a step's learned tokens."""
 
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            logits, targets = learned_logits(model, inputs)
-            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+        def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self._objective = objective
 
-    return LearnedTokensTrainer
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            total = torch.zeros((), device=self.args.device)
+            for number, batch in enumerate(inputs["passes"], 1):
+                last = number == len(inputs["passes"])
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    loss = self._objective.loss(model, batch) / inputs["learned"]
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return total
+
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+            return 0  # a count of the batch's own shape, for which there is no single one here
+
+    return StepTrainer
 
 
-class _Batches:
-    """The scheduled batches as the dataset that Trainer wants: an item is a whole batch."""
+class _Steps:
+    """The steps as the dataset that Trainer wants: an item is a step's passes, and its number of learned tokens."""
 
-    def __init__(self, rows: Sequence[Encoded], schedule: Sequence[Sequence[int]]) -> None:
-        self._rows, self._schedule = rows, schedule
+    def __init__(
+        self, rows: Sequence[Encoded], steps: Sequence[Step], lengths: Sequence[int], pass_tokens: int
+    ) -> None:
+        self._rows, self._steps, self._lengths, self._pass_tokens = rows, steps, lengths, pass_tokens
 
     def __len__(self) -> int:
-        return len(self._schedule)
+        return len(self._steps)
 
-    def __getitem__(self, index: int) -> list[Encoded]:
-        return [self._rows[row] for row in self._schedule[index]]
+    def __getitem__(self, index: int) -> tuple[list[list[Encoded]], int]:
+        step = self._steps[index]
+        cut = passes(step.rows, self._lengths, self._pass_tokens)
+        return [[self._rows[row] for row in one] for one in cut], step.learned
 
 
 def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) -> Any:
@@ -229,9 +269,8 @@ def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) 
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=1,  # an item is a whole batch
-        gradient_accumulation_steps=section.gradient_accumulation,
-        learning_rate=section.learning_rate,
+        per_device_train_batch_size=1,  # an item is a whole step
+        learning_rate=(section.learning_rate or 2e-4) * section.learning_rate_multiplier,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(section.scheduler, section.scheduler),
         warmup_steps=math.ceil(section.warmup * steps),
         weight_decay=section.weight_decay,
@@ -248,103 +287,6 @@ def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) 
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-
-
-def _watcher(
-    section: TrainSection,
-    job: Job,
-    kept: Checkpoints,
-    steps: int,
-    batches: Sequence[Sequence[int]],
-    pad_id: int,
-) -> Any:
-    """The callback that validates, keeps the best adapter, checkpoints, and shows how far training is."""
-    from transformers import TrainerCallback
-
-    every = max(1, math.ceil(steps / section.evaluations))
-    tokens = _per_step(batches, section.gradient_accumulation, [len(row.ids) for row in job.train])
-    learned = _per_step(batches, section.gradient_accumulation, [sum(row.learned) for row in job.train])
-
-    class Watcher(TrainerCallback):
-        def __init__(self) -> None:
-            self.pad_id = pad_id
-            self.saved_at = self.step_at = 0.0
-            self.shown: Any = None
-            self.bar: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.shown = progress.task("train", steps)
-            self.bar = self.shown.__enter__()
-            self.bar.advance(state.global_step)
-            self.step_at = self.saved_at = time.monotonic()
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: Any = None, **kwargs: Any
-        ) -> None:
-            if "loss" not in logs:  # Trainer's summary at the end
-                return
-            step = state.global_step
-            loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise EdgetuneError(
-                    f"training diverged: loss {loss}, gradient norm {norm}",
-                    where=f"step {step}",
-                    fix="lower train.learning_rate, raise train.warmup, or set train.dtype=float32",
-                )
-            now = time.monotonic()
-            kept.record(
-                {
-                    "step": step,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "learning_rate": float(logs["learning_rate"]),
-                    "tokens": tokens[step - 1],
-                    "learned_tokens": learned[step - 1],
-                    "seconds": round(now - self.step_at, 4),
-                }
-            )
-            self.bar.advance(1, f"loss {loss:.3f}")
-            if step % every == 0 or step == steps:
-                self.validate(step, model)
-                control.should_training_stop = control.should_training_stop or _stops(section, kept)
-                control.should_save = True
-            elif now - self.saved_at > _CHECKPOINT_EVERY_S:
-                control.should_save = True
-            self.step_at = time.monotonic()
-
-        def validate(self, step: int, model: Any) -> None:
-            found = evaluate(model, job.validation, pad_id, section.batch_size)
-            earlier = [loss for at, loss in kept.validations() if at]
-            if not earlier or found["loss"] < min(earlier):
-                kept.keep_best(model, step, found["loss"])
-            kept.record({"step": step, **{f"validation_{name}": value for name, value in found.items()}})
-            self.bar.advance(0, f"validation loss {found['loss']:.3f}")
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            kept.complete(state.global_step)
-            self.step_at = self.saved_at = time.monotonic()
-
-        def close(self, *error: Any) -> None:
-            """End the progress display; called however training ends."""
-            if self.shown:
-                self.shown.__exit__(*error)
-                self.shown = None
-
-    return Watcher()
-
-
-def _per_step(batches: Sequence[Sequence[int]], accumulation: int, sizes: Sequence[int]) -> list[int]:
-    counts = [sum(sizes[row] for row in batch) for batch in batches]
-    return [sum(counts[start : start + accumulation]) for start in range(0, len(counts), accumulation)]
-
-
-def _stops(section: TrainSection, kept: Checkpoints) -> bool:
-    """Whether early stopping says that training is over, from the validations so far."""
-    rule = section.early_stopping
-    losses = [loss for step, loss in kept.validations() if step]
-    if rule is None or len(losses) <= rule.patience:
-        return False
-    return min(losses[-rule.patience :]) > min(losses[: -rule.patience]) - rule.min_delta
 
 
 def _of(row: dict[str, Any]) -> dict[str, Any]:
