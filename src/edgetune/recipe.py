@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -17,6 +18,20 @@ class Section(BaseModel):
     """A part of the recipe: fixed once read, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def refused(key: str, what: str, fix: str) -> PydanticCustomError:
+    """The error of a combination that makes no sense; `recipe_file` tells of it at the place of `key` (dotted)."""
+    return PydanticCustomError("refused", "{what}", {"key": key, "what": what, "fix": fix})
+
+
+def _given(section: Section, *names: str) -> list[str]:
+    """Which of these options have another value than their default.
+
+    Not `model_fields_set`: a resolved recipe (recipe.json) has all of them set, and must be read again.
+    """
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].get_default(call_default_factory=True)]
 
 
 class ModelSection(Section):
@@ -86,6 +101,22 @@ class DistributedSection(Section):
         "none", description="`cpu` keeps what is divided in main memory; deepspeed and fsdp only."
     )
 
+    @model_validator(mode="after")
+    def _makes_sense(self) -> DistributedSection:
+        if self.engine != "deepspeed" and _given(self, "zero_stage"):
+            raise refused(
+                "train.distributed.zero_stage",
+                f"zero_stage is DeepSpeed's, the engine is {self.engine}",
+                "remove it, or set train.distributed.engine: deepspeed",
+            )
+        if self.engine == "ddp" and self.offload != "none":
+            raise refused(
+                "train.distributed.offload",
+                "ddp keeps the whole model in each process: there is nothing to offload",
+                "remove it, or set train.distributed.engine: deepspeed (or fsdp)",
+            )
+        return self
+
 
 class TrainSection(Section):
     """Fine-tuning."""
@@ -112,7 +143,9 @@ class TrainSection(Section):
         "default", description="How the adapter starts: peft's `init_lora_weights`; `default` changes nothing at first."
     )
     neftune_alpha: float | None = Field(
-        None, gt=0, description="Noise on the embeddings while training (NEFTune, arXiv 2310.05914); off when not given."
+        None,
+        gt=0,
+        description="Noise on the embeddings while training (NEFTune, arXiv 2310.05914); off when not given.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that goes to all other tokens.")
     epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the training rows.")
@@ -175,9 +208,104 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _early_stopping_can_happen(self) -> TrainSection:
         if self.early_stopping and self.early_stopping.patience >= self.evaluations:
-            raise ValueError(
+            raise refused(
+                "train.early_stopping",
                 f"early_stopping.patience is {self.early_stopping.patience}, evaluations is {self.evaluations}: "
-                "it could never stop anything; raise evaluations or lower the patience"
+                "it could never stop anything",
+                "raise train.evaluations or lower train.early_stopping.patience",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> TrainSection:
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise refused(
+                "train.batch_tokens",
+                "batch_size and batch_tokens both say how large a step is",
+                "keep one of train.batch_size (rows) and train.batch_tokens (tokens)",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_has_its_options(self) -> TrainSection:
+        adapter_only = (
+            "rank",
+            "alpha",
+            "rslora",
+            "dropout",
+            "target_modules",
+            "modules_to_save",
+            "initialization",
+            "lora_plus_ratio",
+        )
+        if self.method == "full" and (found := _given(self, *adapter_only)):
+            raise refused(
+                f"train.{found[0]}",
+                f"method full trains all weights and has no adapter, so {', '.join(found)} would do nothing",
+                "remove it, or set train.method: lora",
+            )
+        if not self.target_modules:
+            raise refused(
+                "train.target_modules",
+                "no layer would get an adapter",
+                "name layers, such as [q_proj, v_proj], or write all-linear",
+            )
+        if self.target_modules != "all-linear" and (both := set(self.target_modules) & set(self.modules_to_save)):
+            raise refused(
+                "train.modules_to_save",
+                f"{', '.join(sorted(both))} would be trained whole and have an adapter",
+                "name it in one of train.target_modules and train.modules_to_save",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _initialization_fits(self) -> TrainSection:
+        kind = self.initialization
+        if kind == "loftq" and self.method != "qlora":
+            raise refused(
+                "train.initialization",
+                f"loftq starts the adapter at the error of the 4-bit base; with method {self.method} there is none",
+                "set train.method: qlora, or another initialization",
+            )
+        if kind not in ("pissa", "olora"):
+            return self
+        if self.method == "qlora":
+            raise refused(
+                "train.initialization",
+                f"{kind} takes the adapter out of the base, and 4 bits would not hold what remains exactly",
+                "use loftq, which is made for a 4-bit base, or train.method: lora",
+            )
+        if self.method == "dora":
+            raise refused(
+                "train.initialization",
+                f"{kind} takes the adapter out of the base, whose lengths dora trains: the result could not be put back",
+                "use default, gaussian or eva with dora, or train.method: lora",
+            )
+        if self.dropout:
+            raise refused(
+                "train.dropout",
+                f"with {kind} the adapter holds the main part of the base's own weights, which dropout would switch off",
+                "remove train.dropout, or use another initialization",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_divided(self) -> TrainSection:
+        engine = self.distributed
+        if engine is None or engine.engine == "ddp":
+            return self
+        by = f"deepspeed's stage {engine.zero_stage}" if engine.engine == "deepspeed" else "fsdp"
+        if self.method == "qlora" and (engine.engine == "fsdp" or engine.zero_stage == 3):
+            raise refused(
+                "train.distributed",
+                f"{by} divides the weights, and 4-bit ones cannot be divided",
+                "use deepspeed with zero_stage 1 or 2, or ddp; or train.method: lora",
+            )
+        if self.optimizer != "adamw":
+            raise refused(
+                "train.optimizer",
+                f"{by} divides what the optimizer holds of a weight into flat pieces; {self.optimizer} needs it whole",
+                "use train.optimizer: adamw, or train.distributed.engine: ddp",
             )
         return self
 
@@ -270,5 +398,23 @@ class Recipe(Section):
             raise ValueError(
                 f"bench.prompt_tokens + bench.new_tokens is {self.bench.prompt_tokens + self.bench.new_tokens}, "
                 f"export.max_length is {self.export.max_length}: lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _merge_fits_the_method(self) -> Recipe:
+        if self.merge.onto == "trained":
+            return self
+        if self.train.method != "qlora":
+            raise refused(
+                "merge.onto",
+                f"with method {self.train.method} the weights that were trained against are the full-precision ones",
+                "remove it: only qlora has a choice",
+            )
+        if self.train.initialization == "loftq":
+            raise refused(
+                "merge.onto",
+                "a loftq adapter makes good the error of the 4-bit base; the full-precision base has no such error",
+                "use merge.onto: trained, or another train.initialization",
             )
         return self

@@ -260,7 +260,11 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
         parts = [str(p) for p in problem["loc"] if not _is_union_tag(str(p))]
         key = ".".join(parts)
         where = next((places[k] for k in _upwards(parts) if k in places), str(path))
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "refused":  # a combination; it knows its key and its cure
+            said = problem["ctx"]
+            where = next((places[k] for k in _upwards(said["key"].split(".")) if k in places), str(path))
+            yield f"{where}: `{said['key']}`: {said['what']}\n  fix: {said['fix']}"
+        elif problem["type"] == "extra_forbidden":
             yield f"{where}: there is no key `{key}`\n  fix: {_nearest_key(parts)}"
         elif problem["type"] == "missing":
             yield f"{where}: `{key}` is missing\n  fix: add it; `edgetune recipes schema` describes each key"

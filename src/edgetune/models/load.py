@@ -67,13 +67,24 @@ def _replace_template(tokenizer: Any, file: Path) -> None:
         )
 
 
-def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model from safetensors, on the CPU, ready for inference (`eval`).
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    quantization: Any = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, ready for inference (`eval`).
 
     Args:
         path: the model folder; nothing is downloaded and no pickle is opened.
         dtype: of the weights in memory.
         trust_remote_code: run model code that the folder brings.
+        attention: transformers' name of the attention; its own choice when None.
+        quantization: a transformers quantization configuration; weights are quantized while they are read.
+        device: where the weights go when they are quantized; otherwise they stay on the CPU.
 
     Raises:
         InputError: unknown architecture, weights that are missing, of a wrong shape or unreadable.
@@ -92,6 +103,8 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({"attn_implementation": attention} if attention else {}),
+            **({"quantization_config": quantization, "device_map": {"": device}} if quantization else {}),
         )
     wrong = sorted(info["mismatched_keys"])
     if wrong:
