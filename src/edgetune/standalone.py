@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.errors import InputError, require_extra
 from edgetune.files import digest, staged_folder, write_json
@@ -13,14 +13,28 @@ from edgetune.progress import say
 from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
 from edgetune.run import FOLDERS, NOT_CONTENT, Work, read_manifest, seal
 
+if TYPE_CHECKING:
+    from edgetune.data.render import Encoded
+    from edgetune.models import Base
 
-def merge_adapter(adapter: Path, out: Path, model: ModelSection | None = None) -> dict[str, Any]:
+
+def merge_adapter(
+    adapter: Path,
+    out: Path,
+    model: ModelSection | None = None,
+    *,
+    onto: Literal["trained", "full-precision"] = "trained",
+    data: Path | None = None,
+) -> dict[str, Any]:
     """Fold an adapter folder into its base.
 
     Args:
-        adapter: peft adapter folder.
+        adapter: peft adapter folder, or the whole model that a training with method full wrote.
         out: folder of the merged model; replaced as a whole.
         model: the base; what adapter_config.json names when not given.
+        onto: of an adapter that was trained with qlora, which weights it is merged onto.
+        data: examples in any form, on which the loss with both is measured; the rows that lie beside the adapter in its
+            run when not given.
 
     Returns:
         The report of `edgetune.train.merge.merge`, with `path`.
@@ -30,31 +44,27 @@ def merge_adapter(adapter: Path, out: Path, model: ModelSection | None = None) -
     """
     from edgetune.export.contract import CONVERSATIONS
     from edgetune.models import load_tokenizer, resolve
-    from edgetune.train.merge import check_adapter, merge
+    from edgetune.train.merge import check_adapter, is_whole, merge
 
     require_extra("train")
-    config = check_adapter(adapter)
+    whole = is_whole(adapter)
+    config = {} if whole else check_adapter(adapter)
     _check_out(out, adapter, "merge")
-    named = config.get("base_model_name_or_path")
     if model is None:
-        if not named:
-            raise InputError("the adapter does not name its base", where=adapter, fix="give it: --base MODEL")
-        model = ModelSection(
-            id=str(named),
-            revision=config.get("revision") if "/" in str(named) and ":" not in str(named) else None,
-        )
+        model = ModelSection(id=str(adapter.absolute())) if whole else _named_base(adapter, config)
     base = resolve(model)
     trained_on = read_manifest(adapter).get("inputs", {}).get("base", {}).get("sha256")
-    if trained_on and trained_on != base.digest:
+    if trained_on and trained_on != base.digest and not whole:
         raise InputError(
-            f"{model.id} is not the base that the adapter was trained on ({named}): their files differ",
+            f"{model.id} is not the base that the adapter was trained on ({config.get('base_model_name_or_path')}): "
+            "their files differ",
             where=adapter,
             fix="give the very base: --base MODEL",
         )
     tokenizer = load_tokenizer(base.path, trust_remote_code=model.trust_remote_code)
     texts = [turn["content"] for conversation in CONVERSATIONS for turn in conversation]
     rows = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])]
-    section = MergeSection()
+    section = MergeSection(onto=onto)
     work = Work("merge", {"base": {"id": base.id, "sha256": base.digest}}, section.model_dump())
     held = lease(adapter, "edgetune merge"), lease(base.path, "edgetune merge")
     with held[0], held[1], tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as merged:
@@ -66,9 +76,42 @@ def merge_adapter(adapter: Path, out: Path, model: ModelSection | None = None) -
             trust_remote_code=model.trust_remote_code,
             report=Path(report),
             merged=merged,
+            validation=_validation(adapter, base, model, data),
         )
         seal(merged, work)
     return {"path": str(out), **found}
+
+
+def _named_base(adapter: Path, config: dict[str, Any]) -> ModelSection:
+    """The base that an adapter's configuration names."""
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise InputError("the adapter does not name its base", where=adapter, fix="give it: --base MODEL")
+    of_hub = "/" in str(named) and ":" not in str(named)
+    return ModelSection(id=str(named), revision=config.get("revision") if of_hub else None)
+
+
+def _validation(adapter: Path, base: Base, model: ModelSection, data: Path | None) -> list[Encoded]:
+    """The rows on which a qlora adapter's two bases are compared; none for other adapters, or where none are known."""
+    from edgetune.data.examine import encode_any
+    from edgetune.data.render import Renderer
+    from edgetune.models import context_length, load_tokenizer, stop_ids
+    from edgetune.train.merge import LOSS_ROWS
+    from edgetune.train.method import QUANTIZATION
+
+    beside = adapter.absolute().parent / "data" / "validation.jsonl"
+    file = data or (beside if beside.is_file() else None)
+    if file is None or not (adapter / QUANTIZATION).is_file():
+        return []
+    template = adapter / "chat_template.jinja"
+    tokenizer = load_tokenizer(
+        base.path,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=str(template) if template.is_file() else None,
+    )
+    renderer = Renderer(tokenizer, set(stop_ids(base.path)))
+    _, train_on = _settings(adapter.absolute().parent)
+    return encode_any(file, renderer, train_on, context_length(base.path), LOSS_ROWS)
 
 
 def export_model(merged: Path, out: Path, section: ExportSection, name: str | None = None) -> dict[str, Any]:

@@ -246,12 +246,15 @@ def _tied(model: Any) -> set[str]:
 
 def _in_float32(model: Any, dtype: torch.dtype) -> None:
     """Have all that is trained in float32, where peft leaves what is trained whole in the base's dtype."""
+    from peft.utils import ModulesToSaveWrapper
+
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for wrapper in model.modules():
-        for module in getattr(wrapper, "modules_to_save", {}).values():
-            _between(module, dtype)
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for module in wrapper.modules_to_save.values():
+                _between(module, dtype)
 
 
 def _between(module: Any, dtype: torch.dtype) -> None:
