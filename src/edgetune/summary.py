@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from edgetune.pipeline import Result
+from edgetune.train.samples import beginning, ending
+
+_WIDTH = 100  # characters of a sample that the table shows
 
 
 def summary(result: Result) -> list[tuple[str, str]]:
@@ -27,6 +30,9 @@ def summary(result: Result) -> list[tuple[str, str]]:
                 f"{train['steps']} steps, peak {train['peak_rss_mb']:,.0f} MB",
             )
         )
+        for sample in train.get("samples", [])[:1]:  # the others are in `edgetune runs show`
+            rows.append(("asked", ending(sample["prompt"], _WIDTH)))
+            rows += [(f"answered {when}", beginning(sample[when], _WIDTH)) for when in ("before", "after")]
     if verify := reports.get("verify"):
         rows.append(("gate", "passed" if verify["passed"] else f"NOT PASSED: {'; '.join(verify['failures'])}"))
         rows.append(("KL to merged model", f"mean {verify['kld_mean']:.4f}, p99 {verify['kld_p99']:.4f} nats"))

@@ -55,7 +55,7 @@ def ls(json: Json = False) -> None:
 
 @app.command("show")
 def show(name: Name, json: Json = False) -> None:
-    """Show one run: what is done, and the numbers that its stages reported.
+    """Show one run: what is done, the numbers that its stages reported, and the answers before and after training.
 
     \b
     Examples:
@@ -87,6 +87,10 @@ def show(name: Name, json: Json = False) -> None:
             ),
         ],
     )
+    if samples := found.get("train", {}).get("samples"):
+        from edgetune.train.samples import as_text
+
+        typer.echo(f"answers before and after training\n{as_text(samples)}")
 
 
 @app.command("rm")
