@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
+import json
 import shlex
 import shutil
 import sys
@@ -253,18 +255,22 @@ class Pipeline:
             seal(out, work)
 
     def _train(self, work: Work) -> None:
+        from edgetune.models import stop_ids
         from edgetune.train.trainer import Job, train
 
-        job = Job(
-            self.base(),
-            self._tokenizer(),
-            self._encoded("train"),
-            self._encoded("validation"),
-            self.recipe.seed,
-            work.key,
-            self.recipe.model.trust_remote_code,
-        )
         turn = self.folder.report("data").get("turn")  # absent for plain text
+        job = Job(
+            base=self.base(),
+            tokenizer=self._tokenizer(),
+            train=self._encoded("train"),
+            validation=self._encoded("validation"),
+            seed=self.recipe.seed,
+            key=work.key,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            place=self._place,
+            stop_ids=frozenset([*stop_ids(self.base().path), *([turn["stop_id"]] if turn else [])]),
+            name=self.name,
+        )
         with self._staged("train", work, stop_id=turn["stop_id"] if turn else None) as (report, adapter):
             train(
                 self.recipe.train,
@@ -275,6 +281,11 @@ class Pipeline:
                 resume=self._resume,
             )
         shutil.rmtree(self._checkpoints)
+
+    def _place(self, row: int) -> str:
+        """Where a training row comes from, as file:line."""
+        with (self.folder.output("data") / "train.jsonl").open(encoding="utf-8") as file:
+            return str(json.loads(next(itertools.islice(file, row, None)))["where"])
 
     def _merge(self, work: Work) -> None:
         from edgetune.train.merge import merge

@@ -160,7 +160,7 @@ def _estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> dict[str, 
     """
     from edgetune.export.targets import load_target
     from edgetune.runtime.hardware import bandwidth_gb_s, gflops
-    from edgetune.train.adapter import base_dtype
+    from edgetune.train.method import base_dtype
 
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config

@@ -112,12 +112,58 @@ def test_divergence_stops_with_the_step_and_the_cure(
 
     def broken(self: Objective, model: Any, batch: Any) -> Any:
         calls.append(1)
-        return real(self, model, batch) * (float("nan") if len(calls) == 3 else 1)
+        return real(self, model, batch) * (float("nan") if len(calls) == 6 else 1)  # three passes are for memory
 
     monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(EdgetuneError, match="step 3: training diverged") as caught:
         trained(base, tmp_path, QUICK, place="rows.jsonl:{}".format)
     assert "learning_rate" in str(caught.value) and str(caught.value).count("rows.jsonl:") == 4
+
+
+def test_a_loss_that_stays_far_above_is_divergence(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.train.objective import Objective
+
+    real, calls = Objective.loss, []
+
+    def rising(self: Objective, model: Any, batch: Any) -> Any:
+        calls.append(1)
+        return real(self, model, batch) * (3 if len(calls) > 30 else 1)
+
+    monkeypatch.setattr(Objective, "loss", rising)
+    with pytest.raises(EdgetuneError, match=r"step 3\d: training diverged: loss .* steps in a row") as caught:
+        trained(base, tmp_path, {**QUICK, "epochs": 20.0, "learning_rate": 1e-4})
+    assert "the best adapter so far" not in str(caught.value) or "is in" in str(caught.value)
+
+
+def test_the_report_answers_prompts_before_and_after(base: Base, tmp_path: Path) -> None:
+    """The best weights answer, not the last: the answers are those of the saved adapter."""
+    import torch
+    from peft import PeftModel
+
+    from edgetune.train import samples
+
+    section = {**QUICK, "learning_rate": 0.3, "epochs": 6.0, "evaluations": 24, "scheduler": "constant", "samples": 2}
+    report = trained(base, tmp_path, section)
+    assert report["best_step"] != report["steps"]
+    assert len(report["samples"]) == 2
+    tokenizer = load_tokenizer(base.path)
+    plain = load_model(base.path, dtype=torch.float32)
+    prompts = samples.pick(rows(6, 100), 2)
+    assert [one["before"] for one in report["samples"]] == samples.answers(plain, tokenizer, prompts, 48, ())
+    model = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    assert [one["after"] for one in report["samples"]] == samples.answers(model, tokenizer, prompts, 48, ())
+
+
+@pytest.mark.parametrize("section", [{"method": "dora"}, {"method": "full", "dtype": "bfloat16"}, {"method": "full"}])
+def test_other_methods_learn_too(base: Base, tmp_path: Path, section: dict[str, Any]) -> None:
+    quick = {**QUICK, **section}
+    if section["method"] == "full":
+        del quick["rank"]
+    report = trained(base, tmp_path, quick)
+    assert report["validation"]["after"]["loss"] < report["validation"]["before"]["loss"] - 0.05
+    assert report["method"] == section["method"] and report["packed"] and report["padding"] == 0
+    whole = report["trainable_parameters"] == report["parameters"]
+    assert whole is (section["method"] == "full")
 
 
 def test_a_layer_that_is_not_there(base: Base, tmp_path: Path) -> None:

@@ -75,9 +75,11 @@ def attend(
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
-    if query.device.type == "cpu":
-        return _Rows.apply(query[0], key[0], value[0], scale, tuple(row_lengths), window).unsqueeze(0), None
-    return _by_row(query, key, value, scale, row_lengths, window), None
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may have widened them
+        if query.device.type == "cpu":
+            return _Rows.apply(query[0], key[0], value[0], scale, tuple(row_lengths), window).unsqueeze(0), None
+        return _by_row(query, key, value, scale, row_lengths, window), None
 
 
 def _by_row(

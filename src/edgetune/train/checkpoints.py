@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
+from edgetune.train import method
 
 _MARK = "complete.json"
 
@@ -40,12 +42,12 @@ class Checkpoints:
         if not self.last:
             (folder / "settled.json").unlink(missing_ok=True)
 
-    def settle(self, name: str, value: Any) -> Any:
-        """Keep what was decided on this machine when training began; whoever resumes gets that, not `value`."""
+    def settle(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What `decide` says when training begins, as JSON; whoever resumes gets that, and `decide` is not asked."""
         path = self.folder / "settled.json"
         settled = read_json(path) if path.is_file() else {}
         if name not in settled:
-            settled[name] = value
+            settled[name] = decide()
             write_json(path, settled)
         return settled[name]
 
@@ -75,8 +77,7 @@ class Checkpoints:
     def keep_best(self, model: Any, step: int, loss: float) -> None:
         """Keep the adapter as the best so far."""
         with staged_folder(self.best) as folder:
-            model.save_pretrained(folder, safe_serialization=True)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the artifact carries the model card
+            method.save(model, folder)
             write_json(folder / "best.json", {"step": step, "loss": loss})
 
     @property

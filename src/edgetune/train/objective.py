@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,14 @@ class Objective:
         pad_id: token that fills up a padded pass.
         packed: rows of a pass lie one behind the other; the model must have been loaded with `attention.NAME`.
         smoothing: label smoothing, in training only.
+        compute: dtype of the products of a model whose weights are wider (torch's autocast); its own when None.
     """
 
-    def __init__(self, model: Any, pad_id: int, packed: bool, smoothing: float = 0.0) -> None:
+    def __init__(
+        self, model: Any, pad_id: int, packed: bool, smoothing: float = 0.0, compute: torch.dtype | None = None
+    ) -> None:
         self.pad_id, self.packed, self.smoothing = pad_id, packed, smoothing
+        self.compute = None if compute is torch.float32 else compute
         self.head: LossHead | None = install(model, smoothing)
         norm.install(model)
 
@@ -57,7 +62,7 @@ class Objective:
                 wrong, why = np.inf, str(error).splitlines()[0]
             else:
                 why = f"the loss differs by {wrong:.1e}"
-            if not wrong <= _TOLERANCE[next(model.parameters()).dtype]:
+            if not wrong <= _TOLERANCE[self.compute or next(model.parameters()).dtype]:
                 said.append(f"{name} does not fit this model and is off ({why})")
                 fast = (fast[0] and not packed, fast[1] if head is None else None)
         self.packed, self.head = fast
@@ -127,8 +132,11 @@ class Objective:
             inputs["attention_mask"] = batch["attention_mask"]
         if self.head is not None:
             self.head.targets = batch["targets"]
+        kind = batch["input_ids"].device.type
+        cast = torch.autocast(kind, self.compute) if self.compute else contextlib.nullcontext()
         try:
-            return model(**inputs, logits_to_keep=batch["places"], use_cache=False).logits
+            with cast:
+                return model(**inputs, logits_to_keep=batch["places"], use_cache=False).logits
         finally:
             if self.head is not None:
                 self.head.targets = None

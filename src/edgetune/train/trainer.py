@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +14,20 @@ from typing import Any
 from edgetune import progress
 from edgetune.data.batch import Encoded
 from edgetune.errors import InputError
-from edgetune.files import read_json, write_json, write_text
-from edgetune.models import Base, load_model
+from edgetune.files import write_json, write_text
+from edgetune.models import Base
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
-from edgetune.train import attention
-from edgetune.train.adapter import add_adapter, base_dtype
+from edgetune.train import attention, memory, method, samples, trackers
 from edgetune.train.checkpoints import Checkpoints
+from edgetune.train.curves import remarks
 from edgetune.train.evaluate import evaluate
 from edgetune.train.objective import Objective
+from edgetune.train.optimizer import default_learning_rate, make_optimizer
 from edgetune.train.plot import plot_loss
-from edgetune.train.schedule import DEFAULT_PASS_TOKENS, passes, schedule, steps_a_pass
+from edgetune.train.schedule import passes, schedule, steps_a_pass
 from edgetune.train.watch import Step, Watcher, stops
 
 
@@ -43,6 +43,8 @@ class Job:
         key: digest of everything that decides the result; checkpoints are bound to it.
         trust_remote_code: run code that the base brings.
         place: where the training row of a number comes from, as file:line.
+        stop_ids: tokens that end an answer.
+        name: what the run is called in trackers.
     """
 
     base: Base
@@ -53,6 +55,8 @@ class Job:
     key: str
     trust_remote_code: bool = False
     place: Callable[[int], str] = "row {}".format
+    stop_ids: frozenset[int] = frozenset()
+    name: str = "edgetune"
 
 
 def train(
@@ -77,18 +81,19 @@ def train(
     import torch
     import transformers
 
+    trackers.check(section.trackers)
     reset_peak()
     started = time.monotonic()
     transformers.set_seed(job.seed)
     kept = Checkpoints(checkpoints, job.key, resume)
     with quiet(), _threads(section.threads):
-        trainer, watch, score = _prepare(section, job, kept)
-        steps = trainer.args.max_steps
+        training = _prepare(section, job, kept)
+        steps = len(training.steps)
         if kept.last:
             progress.say(f"train: resuming after step {kept.step} of {steps}")
         else:
             with progress.task("validate base", len(job.validation)) as bar:
-                before = score(trainer.model, bar.advance)
+                before = training.score(training.trainer.model, bar.advance)
             if not math.isfinite(before["loss"]):
                 raise InputError(
                     "the base model's own loss is not a number: its weights are broken",
@@ -96,37 +101,46 @@ def train(
                     fix="get the model again, or try train.dtype=float32",
                 )
             kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
+        prompts = samples.pick(job.validation, section.samples)
+
+        def answers() -> list[str]:
+            model = training.trainer.model
+            return samples.answers(model, job.tokenizer, prompts, section.sample_tokens, job.stop_ids)
+
+        unread = kept.settle("answers_before", lambda: answers())
         if kept.step < steps and not stops(section, kept):  # else all that was missing is what follows
             try:
-                trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
+                training.trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
             finally:
-                watch.close(*sys.exc_info())
+                training.watch.close(*sys.exc_info())
+        training.watch.restore_best(training.trainer.model)
+        shown = samples.compare(job.tokenizer, prompts, unread, answers(), job.stop_ids)
 
+    trainer, told = training.trainer, _told(kept.metrics)
+    trainable = trainer.model.num_parameters(only_trainable=True)
+    whole = getattr(trainer.model, "get_base_model", lambda: trainer.model)().num_parameters()
     result = {
         "method": section.method,
-        **_told(kept.metrics),
+        **told,
         "stopped_early": kept.metrics[-1]["step"] < steps,
-        "epochs": round(
-            kept.metrics[-1]["step"] / steps_a_pass([len(row.ids) for row in job.train], section, job.seed), 3
-        ),
+        "epochs": round(kept.metrics[-1]["step"] / training.steps_a_pass, 3),
         "rows": {"train": len(job.train), "validation": len(job.validation)},
         "seconds_in_all": round(time.monotonic() - started, 1),
         "peak_rss_mb": round(peak_rss_mb(), 1),
-        "parameters": trainer.model.get_base_model().num_parameters(exclude_embeddings=False)
-        - trainer.model.num_parameters(only_trainable=True),
-        "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "dtype": str(base_dtype(section)).removeprefix("torch."),
+        "parameters": whole if section.method == "full" else whole - trainable,
+        "trainable_parameters": trainable,
+        "learning_rate": trainer.args.learning_rate,
+        "pass_tokens": training.fit.pass_tokens,
+        "packed": training.objective.packed,
+        "padding": round(training.padding, 4),
+        "gradient_checkpointing": training.fit.checkpointing,
+        "dtype": str(method.base_dtype(section)).removeprefix("torch."),
         "device": str(trainer.args.device),
         "threads": section.threads or torch.get_num_threads(),
         "seed": job.seed,
+        "samples": shown,
     }
-    shutil.copyfile(kept.best / "adapter_model.safetensors", adapter / "adapter_model.safetensors")
-    config = read_json(kept.best / "adapter_config.json")  # with the base's id in place of its folder on this machine
-    config |= {"base_model_name_or_path": job.base.id, "revision": job.base.revision}
-    config["target_modules"] = sorted(config["target_modules"])  # a set in peft, so in another order each time
-    write_json(adapter / "adapter_config.json", config)
-    if job.tokenizer.chat_template:  # so that whoever merges the adapter gives the model what it was trained with
-        write_text(adapter / "chat_template.jinja", job.tokenizer.chat_template)
+    method.publish(kept.best, adapter, base=job.base, tokenizer=job.tokenizer)
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
     write_json(report / "report.json", result)
@@ -146,45 +160,91 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prepare(
-    section: TrainSection, job: Job, kept: Checkpoints
-) -> tuple[Any, Watcher, Callable[..., dict[str, float]]]:
-    """The trainer, its watcher, and the validation of a model."""
+@dataclass(frozen=True)
+class _Training:
+    """All that one training is made of."""
+
+    trainer: Any
+    watch: Watcher
+    objective: Objective
+    fit: memory.Fit
+    steps: list[Step]
+    steps_a_pass: int
+    padding: float
+    score: Callable[..., dict[str, float]]
+
+
+def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     import transformers
 
-    model = add_adapter(
-        load_model(job.base.path, dtype=base_dtype(section), trust_remote_code=job.trust_remote_code), section
-    )
-    objective = _objective(section, job, model)
-    budget = kept.settle("pass_tokens", section.pass_tokens or DEFAULT_PASS_TOKENS)
     lengths = [len(row.ids) for row in job.train]
-    learned = [sum(row.learned[1:]) for row in job.train]
+    learned = [int(sum(row.learned[1:])) for row in job.train]
     steps = [
         Step(rows.tolist(), sum(lengths[row] for row in rows), sum(learned[row] for row in rows))
         for rows in schedule(lengths, section, job.seed)
     ]
+    model = method.build(
+        section,
+        job.base,
+        trust_remote_code=job.trust_remote_code,
+        attention=None,
+        rows=job.train,
+        resumed=kept.last is not None,
+    )
+    objective = _objective(section, job, model)
+    fit = _fit(section, job, kept, objective, model)
 
     def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:
-        return evaluate(objective, model, job.validation, budget, done)
+        return evaluate(objective, model, job.validation, fit.pass_tokens, done)
 
     watch = Watcher(section, kept, steps, score, job.place)
+    parameters = sum(p.numel() for p in model.parameters())
+    shown = section.model_dump(exclude_none=True)
     trainer = _trainer_class()(
         objective=objective,
+        section=section,
         model=model,
-        args=_arguments(section, job.seed, len(steps), kept.folder),
-        train_dataset=_Steps(job.train, steps, lengths, budget),
+        args=_arguments(section, job.seed, len(steps), default_learning_rate(section, parameters), kept.folder),
+        train_dataset=_Steps(job.train, steps, lengths, fit.pass_tokens),
         data_collator=lambda items: {"passes": [objective.batch(rows) for rows in items[0][0]], "learned": items[0][1]},
-        callbacks=[watch],
+        callbacks=[watch, *trackers.callbacks(section.trackers, job.name, kept.folder, shown, kept.metrics)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    return trainer, watch, score
+    a_pass = steps_a_pass(lengths, section, job.seed)
+    padding = 0.0 if objective.packed else _padding(steps[:a_pass], lengths, fit.pass_tokens)
+    return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score)
+
+
+def _fit(section: TrainSection, job: Job, kept: Checkpoints, objective: Objective, model: Any) -> memory.Fit:
+    """Passes that memory holds; the same ones again when a training resumes, so that it gives the same bits."""
+    found: list[memory.Fit] = []
+
+    def decide() -> dict[str, Any]:
+        longest = max(memory.longest_row(job.train), memory.longest_row(job.validation))
+        found.append(memory.fit(section, objective, model, longest))
+        return {"pass_tokens": found[0].pass_tokens, "checkpointing": found[0].checkpointing}
+
+    settled = memory.Fit(**kept.settle("passes", decide))
+    if found and found[0].why:
+        progress.say(f"train: {found[0].why}")
+    if not found and settled.checkpointing:
+        memory.compute_twice(model)
+    return settled
+
+
+def _padding(steps: Sequence[Step], lengths: Sequence[int], pass_tokens: int) -> float:
+    """Share of what is computed that is padding."""
+    cut = [[lengths[row] for row in one] for step in steps for one in passes(step.rows, lengths, pass_tokens)]
+    computed = sum(len(one) * max(one) for one in cut)
+    return 1 - sum(map(sum, cut)) / computed
 
 
 def _objective(section: TrainSection, job: Job, model: Any) -> Objective:
     tokenizer = job.tokenizer
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     packed = section.packing is not False and attention.use(model)
-    objective = Objective(model, pad_id, packed, section.label_smoothing)
+    compute = method.base_dtype(section) if section.method == "full" else None
+    objective = Objective(model, pad_id, packed, section.label_smoothing, compute)
     given_up = objective.prove(model, job.validation)
     if section.packing is True and not objective.packed:
         raise InputError(
@@ -213,7 +273,7 @@ def _told(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "learned_tokens": sum(row["learned_tokens"] for row in steps),
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
         "seconds": round(seconds, 1),
-        "warnings": _warnings(first["validation_loss"], best["validation_loss"]),
+        "warnings": remarks(metrics),
     }
 
 
@@ -224,9 +284,14 @@ def _trainer_class() -> Any:
     class StepTrainer(Trainer):
         """Trainer whose batches are whole optimizer steps, and whose loss is the mean over a step's learned tokens."""
 
-        def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
+        def __init__(self, *, objective: Objective, section: TrainSection, **kwargs: Any) -> None:
             super().__init__(**kwargs)
-            self._objective = objective
+            self._objective, self._section = objective, section
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            if getattr(self, "optimizer", None) is None:
+                self.optimizer: Any = make_optimizer(model or self.model, self._section, self.args.learning_rate)
+            return self.optimizer
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             model.train()
@@ -239,6 +304,12 @@ def _trainer_class() -> Any:
                     self.accelerator.backward(loss)
                 total += loss.detach()
             return total
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            if hasattr(self.model, "peft_config"):  # peft asks the hub about embeddings unless it is told
+                self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            else:
+                super()._save(output_dir, state_dict)
 
         def floating_point_ops(self, inputs: dict[str, Any]) -> int:
             return 0  # a count of the batch's own shape, for which there is no single one here
@@ -263,14 +334,14 @@ class _Steps:
         return [[self._rows[row] for row in one] for one in cut], step.learned
 
 
-def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) -> Any:
+def _arguments(section: TrainSection, seed: int, steps: int, learning_rate: float, checkpoints: Path) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=1,  # an item is a whole step
-        learning_rate=(section.learning_rate or 2e-4) * section.learning_rate_multiplier,
+        learning_rate=learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(section.scheduler, section.scheduler),
         warmup_steps=math.ceil(section.warmup * steps),
         weight_decay=section.weight_decay,
@@ -291,11 +362,3 @@ def _arguments(section: TrainSection, seed: int, steps: int, checkpoints: Path) 
 
 def _of(row: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
-
-
-def _warnings(before: float, after: float) -> list[str]:
-    if after < before:
-        return []
-    return [
-        f"validation loss did not fall ({before:.3f} → {after:.3f}): train longer, change train.learning_rate, or check the data"
-    ]

@@ -14,8 +14,10 @@ from edgetune import progress
 from edgetune.errors import EdgetuneError
 from edgetune.recipe import TrainSection
 from edgetune.train.checkpoints import Checkpoints
+from edgetune.train.curves import spike
 
 _CHECKPOINT_EVERY_S = 300.0
+_SMALL = 50_000_000  # parameters of which a copy costs little
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Watcher(TrainerCallback):
         self._saved_at = self._step_at = 0.0
         self._shown: Any = None
         self._bar: Any = None
+        self._best: list[Any] | None = None  # what is trained, at the best step
+        self._best_step = self._last_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._shown = progress.task("train", len(self._steps))
@@ -79,6 +83,8 @@ class Watcher(TrainerCallback):
             }
         )
         self._bar.advance(1, f"loss {loss:.3f}")
+        if found := spike(self._kept.metrics):
+            raise self._diverged(number, found.text())
         if number % self._every == 0 or number == len(self._steps):
             self._validate(number, model)
             control.should_training_stop = control.should_training_stop or stops(self._section, self._kept)
@@ -97,11 +103,21 @@ class Watcher(TrainerCallback):
             self._shown.__exit__(*error)
             self._shown = None
 
+    def restore_best(self, model: Any) -> None:
+        """Give the model its best weights back where they are at hand; else it keeps those of the last step."""
+        if self._best is not None and self._best_step != self._last_step:
+            for parameter, value in zip(_trained(model), self._best, strict=True):
+                parameter.data.copy_(value)
+
     def _validate(self, number: int, model: Any) -> None:
+        self._last_step = number
         found = self._score(model)
         earlier = [loss for at, loss in self._kept.validations() if at]
         if not earlier or found["loss"] < min(earlier):
             self._kept.keep_best(model, number, found["loss"])
+            self._best_step = number
+            if sum(p.numel() for p in _trained(model)) <= _SMALL:
+                self._best = [p.detach().clone() for p in _trained(model)]
         self._kept.record({"step": number, **{f"validation_{name}": value for name, value in found.items()}})
         self._bar.advance(0, f"validation loss {found['loss']:.3f}")
 
@@ -115,6 +131,10 @@ class Watcher(TrainerCallback):
             where=f"step {number}",
             fix="lower train.learning_rate, raise train.warmup, look at these rows, or set train.dtype=float32",
         )
+
+
+def _trained(model: Any) -> list[Any]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def stops(section: TrainSection, kept: Checkpoints) -> bool:

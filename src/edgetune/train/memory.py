@@ -1,0 +1,136 @@
+"""How much memory training takes: what autograd keeps of a forward pass is counted, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from edgetune.data.batch import Encoded
+from edgetune.errors import InputError
+from edgetune.recipe import TrainSection
+from edgetune.train.objective import Objective
+from edgetune.train.schedule import DEFAULT_PASS_TOKENS
+
+_SMALLEST_PASS = 256  # tokens; below it the matrix products slow down more than memory is worth
+_SHARE = 0.7  # of the memory that is free: the rest is for gradients on their way, for the allocator and for others
+_OPTIMIZER_BYTES = 20  # a trainable parameter: gradient, its copy while it is clipped, AdamW's two moments, float32
+_PROBE = (64, 192, 320)  # tokens of the rows that activations are counted on
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass keeps for its backward pass: `always`, `a_token`, and `a_pair` of tokens of one row."""
+
+    always: float
+    a_token: float
+    a_pair: float
+
+    def of(self, tokens: int, longest: int) -> float:
+        """Bytes of a pass of `tokens` whose longest row has `longest`, at most."""
+        return self.always + tokens * (self.a_token + self.a_pair * longest)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen so that memory does: tokens a pass, whether activations are computed twice, and why."""
+
+    pass_tokens: int
+    checkpointing: bool
+    why: str | None = None
+
+
+def activations(objective: Objective, model: Any) -> Activations:
+    """Count what the model keeps of three short passes, and take the parabola through them."""
+    found = []
+    for length in _PROBE:
+        row = Encoded([1 + n % 100 for n in range(length)], [True] * length)
+        found.append(_kept(objective, model, row))
+    always, a_token, a_pair = np.linalg.solve(np.vander(_PROBE, 3, increasing=True), found)
+    return Activations(max(always, 0.0), max(a_token, 0.0), max(a_pair, 0.0))
+
+
+def fit(section: TrainSection, objective: Objective, model: Any, longest: int) -> Fit:
+    """Choose the pass, and whether to compute activations twice, by what is free.
+
+    Args:
+        section: the recipe's `train`; what it says is taken.
+        objective, model: on the device that trains.
+        longest: tokens of the longest row.
+
+    Raises:
+        InputError: not even the longest row alone fits.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    room = _SHARE * (free(model) - _OPTIMIZER_BYTES * trainable)
+    wanted = section.pass_tokens or DEFAULT_PASS_TOKENS
+    twice = section.gradient_checkpointing is True
+    if twice:
+        compute_twice(model)
+    each = activations(objective, model)
+    alone = each.of(longest, longest)
+    why = None
+    if alone > room and section.gradient_checkpointing == "auto":
+        compute_twice(model)
+        twice, each, once = True, activations(objective, model), alone
+        alone = each.of(longest, longest)
+        why = (
+            f"activations are computed twice: those of the longest row ({longest} tokens) take {once / 1e9:.1f} GB, "
+            f"{room / 1e9:.1f} GB are free for them"
+        )
+    if alone > room:
+        raise InputError(
+            f"training does not fit: the activations of the longest row ({longest} tokens) take {alone / 1e9:.1f} GB, "
+            f"{max(room, 0) / 1e9:.1f} GB are free for them",
+            where="data.max_length",
+            fix="lower it, close other programs, train.gradient_checkpointing=auto, or take a smaller model",
+        )
+    if section.pass_tokens is None:
+        while wanted > max(longest, _SMALLEST_PASS) and each.of(wanted, longest) > room:
+            wanted //= 2
+        if wanted < DEFAULT_PASS_TOKENS:
+            why = why or f"{wanted} tokens a pass: {max(room, 0) / 1e9:.1f} GB are free for activations"
+    return Fit(wanted, twice, why)
+
+
+def compute_twice(model: Any) -> None:
+    """Have the model keep only its layers' inputs, and compute their activations again in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def free(model: Any) -> float:
+    """Bytes that are free on the model's device."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
+
+
+def _kept(objective: Objective, model: Any, row: Encoded) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    batch = {name: v.to(device) if torch.is_tensor(v) else v for name, v in objective.batch([row]).items()}
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective.loss(model, batch)
+    del loss
+    model.train(was_training)
+    return sum(sizes.values())
+
+
+def longest_row(rows: Sequence[Encoded]) -> int:
+    """Tokens of the longest row."""
+    return max(len(row.ids) for row in rows)
