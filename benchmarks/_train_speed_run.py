@@ -184,6 +184,8 @@ def edgetune(job: dict[str, Any], round: int, out: Path) -> tuple[Run, Path]:
 def sft_of(name: str, job: dict[str, Any], seed: int) -> dict[str, Any]:
     """What a TRL side gives SFTConfig; the rest stays TRL's default."""
     same = {"num_train_epochs": job["train"]["passes"], "learning_rate": job["learning_rate"], "seed": seed}
+    if job["train"]["longest"] > 1024:  # which is where it would cut
+        same["max_length"] = None
     return {**_NEEDED, **same, **(SIDES[name].sft or {})}
 
 

@@ -158,6 +158,7 @@ def text(result: dict[str, Any], titles: dict[str, str]) -> str:
     rounds = 1 + max(run["round"] for run in result["runs"])
     packages = ", ".join(f"{name} {load[name]}" for name in load)
     base = "not asked" if result["base_loss"] is None else f"{result['base_loss']:.4f}"
+    products = ", ".join(f"{name} {value:.0f}" for name, value in result["products_gflops"].items())
     lines = [
         f"{result['date']}, {cpu['model']}, {cpu['usable_cores']:g} cores ({', '.join(cpu['instruction_sets'])}); "
         f"{packages}.",
@@ -172,8 +173,8 @@ def text(result: dict[str, Any], titles: dict[str, str]) -> str:
         "memory: resident, of the whole process. Loss: of the adapter written, on the "
         f"{work['validation']['learned_tokens']:,} learned tokens of {work['validation']['rows']} held-out rows, by "
         f"plain transformers and peft in float32 (base: {base}).",
-        f"Limit: 4 x parameters operations a token at {result['gflops']:.0f} GFLOP/s, the fastest product measured "
-        f"({result['fastest']}), is {result['limit']:.0f} tokens/s.",
+        f"Limit: 4 x parameters operations a token at {result['gflops']:.0f} GFLOP/s is {result['limit']:.0f} tokens/s. "
+        f"That is the fastest of the products measured between the rounds, in GFLOP/s: {products}.",
     ]
     busy = max(run["others"] for run in result["runs"])
     if busy > 0.1:

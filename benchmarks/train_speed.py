@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _train_speed_run as sides
 from _train_speed_table import OURS, Run, goals, limit_tokens_per_s, summary, text
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import INTERRUPTED, EdgetuneError
 from edgetune.files import write_json, write_text
 from edgetune.runtime.hardware import cpu, versions
 
@@ -75,6 +75,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for file in (found.rows, found.validation):
         if not file.is_file():
             parser.error(f"no such file: {file}")
+    if found.keep and found.keep.exists() and any(found.keep.iterdir()):
+        parser.error(f"{found.keep} is not empty")
+    if not hasattr(os, "wait4"):
+        parser.error("peak memory is read from the system's own count, which Linux and macOS have")
     return found
 
 
@@ -89,6 +93,8 @@ def main(given: Sequence[str] | None = None) -> int:
     except EdgetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     said = text(result, {name: side.title for name, side in sides.SIDES.items()})
     print(said, end="")
     if args.json:
@@ -135,8 +141,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "cpu": cpu(),
         "versions": {**versions(), "trl": sides.TRL},
         "work": {name: value for name, value in job.items() if not isinstance(value, Path)},
-        "products_gflops": rates,
-        "fastest": fastest,
+        "products_gflops": best,
         "gflops": best[fastest],
         "limit": limit,
         "base_loss": losses["base"],

@@ -105,7 +105,7 @@ def test_all_that_is_printed() -> None:
             "goals": goals(found),
             "base_loss": 1.8814,
             "gflops": 302.0,
-            "fastest": "bfloat16 4096 x 4096 x 4096",
+            "products_gflops": {"bfloat16 4096 x 4096 x 4096": 302.0, "float32 4096 x 4096 x 4096": 150.0},
             "limit": 561.3,
         },
         {},
@@ -175,6 +175,7 @@ def test_help_and_refusals_come_without_training() -> None:
     helped = said("--help")
     assert helped.returncode == 0 and "--only" in helped.stdout and "trl-tuned" in helped.stdout
     assert said("--rounds", "0").returncode == 2
+    assert "is not empty" in said("--keep", str(SCRIPT.parent)).stderr
     missing = said("--rows", "nowhere.jsonl")
     assert missing.returncode == 2 and "no such file: nowhere.jsonl" in missing.stderr
 
