@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +107,134 @@ def test_a_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
 )
 def test_wrong_values_are_refused_with_the_override(tmp_path: Path, override: str, said: str) -> None:
     assert said in refused(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        ("train.method=full train.rank=8", "train.rank", "has no adapter"),
+        ("train.method=full train.alpha=8", "train.alpha", "has no adapter"),
+        ("train.method=full train.rslora=true", "train.rslora", "has no adapter"),
+        ("train.method=full train.dropout=0.1", "train.dropout", "has no adapter"),
+        ("train.method=full train.target_modules=[q_proj]", "train.target_modules", "has no adapter"),
+        ("train.method=full train.modules_to_save=[lm_head]", "train.modules_to_save", "has no adapter"),
+        ("train.method=full train.initialization=eva", "train.initialization", "has no adapter"),
+        ("train.method=full train.lora_plus_ratio=16", "train.lora_plus_ratio", "has no adapter"),
+        ("train.target_modules=[]", "train.target_modules", "no layer would get an adapter"),
+        (
+            "train.target_modules=[q_proj] train.modules_to_save=[q_proj]",
+            "train.modules_to_save",
+            "trained whole and have an adapter",
+        ),
+        ("train.initialization=loftq", "train.initialization", "with method lora there is none"),
+        ("train.method=dora train.initialization=loftq", "train.initialization", "with method dora there is none"),
+        ("train.method=qlora train.initialization=pissa", "train.initialization", "4 bits would not hold"),
+        ("train.method=qlora train.initialization=olora", "train.initialization", "use loftq"),
+        ("train.method=dora train.initialization=pissa", "train.initialization", "whose lengths dora trains"),
+        ("train.method=dora train.initialization=olora", "train.initialization", "whose lengths dora trains"),
+        ("train.initialization=pissa train.dropout=0.1", "train.dropout", "switch off"),
+        ("train.initialization=olora train.dropout=0.1", "train.dropout", "switch off"),
+        ("train.batch_size=4 train.batch_tokens=1000", "train.batch_tokens", "keep one of"),
+        ("train.distributed.zero_stage=3", "train.distributed.zero_stage", "DeepSpeed's, the engine is ddp"),
+        (
+            "train.distributed={engine: fsdp, zero_stage: 1}",
+            "train.distributed.zero_stage",
+            "DeepSpeed's, the engine is fsdp",
+        ),
+        ("train.distributed.offload=cpu", "train.distributed.offload", "nothing to offload"),
+        (
+            "train.method=qlora train.distributed={engine: deepspeed, zero_stage: 3}",
+            "train.distributed",
+            "4-bit ones cannot be divided",
+        ),
+        ("train.method=qlora train.distributed.engine=fsdp", "train.distributed", "cannot be divided"),
+        (
+            "train.optimizer=adafactor train.distributed.engine=deepspeed",
+            "train.optimizer",
+            "adafactor needs it whole",
+        ),
+        ("train.optimizer=adamw_8bit train.distributed.engine=fsdp", "train.optimizer", "adamw_8bit needs it whole"),
+        ("merge.onto=full-precision", "merge.onto", "only qlora has a choice"),
+        ("train.method=full merge.onto=full-precision", "merge.onto", "only qlora has a choice"),
+        (
+            "train.method=qlora train.initialization=loftq merge.onto=full-precision",
+            "merge.onto",
+            "has no such error",
+        ),
+        ("train.early_stopping={patience: 9}", "train.early_stopping", "raise train.evaluations"),
+    ],
+)
+def test_combinations_that_make_no_sense(tmp_path: Path, overrides: str, key: str, said: str) -> None:
+    items = re.split(r" (?=train\.|merge\.)", overrides)
+    message = refused(tmp_path, MINIMAL, *items)
+    where, what = message.split(": `", 1)
+    assert what.startswith(f"{key}`: ") and said in message and "\n  fix: " in message
+    assert key.rpartition(".")[0] in where or key in where  # the override that set it
+    text = MINIMAL + yaml.safe_dump(nested(items))
+    lines = text.splitlines()
+    found = re.match(r".*mine\.yaml:(\d+): `", refused(tmp_path, text))
+    assert found and lines[int(found[1]) - 1].strip().startswith(key.rpartition(".")[2])
+
+
+def nested(items: list[str]) -> dict[str, Any]:
+    """Overrides as the mapping that a file would hold."""
+    values: dict[str, Any] = {}
+    for item in items:
+        key, _, text = item.partition("=")
+        at = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = yaml.safe_load(text)
+    return values
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.method=full",
+        "train.method=full train.optimizer=adafactor train.neftune_alpha=5 train.label_smoothing=0.1",
+        "train.method=qlora train.initialization=loftq train.dropout=0.1",
+        "train.method=qlora train.initialization=eva merge.onto=full-precision",
+        "train.method=dora train.rslora=true train.initialization=eva train.lora_plus_ratio=16",
+        "train.initialization=pissa train.modules_to_save=[lm_head] train.rslora=true",
+        "train.learning_rate=1e-4 train.learning_rate_multiplier=2",
+        "train.method=qlora train.distributed={engine: deepspeed, zero_stage: 2, offload: cpu}",
+        "train.method=full train.distributed={engine: fsdp, offload: cpu}",
+        "train.optimizer=adamw_8bit train.distributed.engine=ddp",
+    ],
+)
+def test_combinations_that_make_sense_and_are_read_again_when_resolved(tmp_path: Path, overrides: str) -> None:
+    items = re.split(r" (?=train\.|merge\.)", overrides)
+    found = recipe_file.load(written(tmp_path, MINIMAL), items).recipe
+    assert recipe.Recipe.model_validate_json(found.model_dump_json()) == found
+
+
+@given(st.data())
+def test_any_training_is_read_or_refused_at_one_of_its_keys(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    items = []
+    for name, field in recipe.TrainSection.model_fields.items():
+        if get_origin(field.annotation) is Literal and data.draw(st.booleans()):
+            items.append(f"train.{name}={data.draw(st.sampled_from(get_args(field.annotation)))}")
+    extra = [
+        "train.dropout=0.1",
+        "train.rank=8",
+        "train.batch_size=4",
+        "train.batch_tokens=99",
+        "merge.onto=full-precision",
+    ]
+    items += data.draw(st.lists(st.sampled_from(extra), unique=True))
+    path = written(tmp_path_factory.getbasetemp(), MINIMAL, "options.yaml")
+    try:
+        found = recipe_file.load(path, items).recipe
+    except InputError as error:
+        first = str(error).splitlines()[0]
+        key = first.split("`: `")[1].split("`")[0]
+        assert any(item.startswith(key) for item in items), error
+    else:
+        assert recipe.Recipe.model_validate(found.model_dump()) == found
 
 
 @pytest.mark.parametrize(
