@@ -51,7 +51,7 @@ def test_passes_shrink_then_activations_are_computed_twice_then_it_is_refused(
     objective: Objective, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = memory.activations(objective, model)
-    fixed = memory._OPTIMIZER_BYTES * model.num_parameters()
+    fixed = memory.OPTIMIZER_BYTES * model.num_parameters()
 
     def with_room(room: float, section: TrainSection, longest: int) -> memory.Fit:
         monkeypatch.setattr(memory, "free", lambda model: fixed + room / memory._SHARE)

@@ -24,10 +24,12 @@ from edgetune.cli import (
     generate,
     merge,
     models,
+    plan,
     recipes,
     run,
     runs,
     serve,
+    sweep,
     train,
     verify,
 )
@@ -69,7 +71,7 @@ def root(
     """The options that stand before a command."""
 
 
-for _command in (run, train, merge, export, verify, bench, chat, generate, serve, doctor):
+for _command in (run, plan, sweep, train, merge, export, verify, bench, chat, generate, serve, doctor):
     app.command(_command.__name__.rsplit(".", 1)[-1])(_command.command)
 for _group in (recipes, data, models, runs):
     app.add_typer(_group.app, name=_group.__name__.rsplit(".", 1)[-1])

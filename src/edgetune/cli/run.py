@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
-from edgetune.errors import WRONG_INPUT
-
-if TYPE_CHECKING:
-    from edgetune.recipe_file import LoadedRecipe
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
@@ -56,7 +52,9 @@ def command(
 
     loaded = load(recipe, overrides or [])
     if dry_run:
-        _show_plan(loaded, check_stage(first), check_stage(until), force, json)
+        from edgetune.cli.plan import show
+
+        show(loaded, check_stage(first), check_stage(until), force, json, with_recipe=True)
         return
     from edgetune.pipeline import Pipeline
     from edgetune.run import STAGES
@@ -70,23 +68,6 @@ def command(
         print_table(("result", "value"), summary(result))
     if result.missed:
         raise result.missed
-
-
-def _show_plan(loaded: LoadedRecipe, first: str | None, until: str | None, force: bool, json: bool) -> None:
-    from edgetune.plan import plan, rows
-
-    planned = plan(loaded, first=first, until=until, force=force)
-    if json:
-        print_json(planned)
-    else:
-        import yaml
-
-        typer.echo(yaml.safe_dump(planned["recipe"], sort_keys=False, allow_unicode=True, width=110))
-        print_table(("stage", "what", "time", "memory", "disk"), rows(planned))
-        for check in planned["checks"]:
-            typer.echo(f"{'ok    ' if check['ok'] else 'NOT OK'} {check['what']}")
-    if not all(check["ok"] for check in planned["checks"]):
-        raise typer.Exit(WRONG_INPUT)
 
 
 def check_stage(name: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from edgetune.train.schedule import DEFAULT_PASS_TOKENS
 
 _SMALLEST_PASS = 256  # tokens; below it the matrix products slow down more than memory is worth
 _SHARE = 0.7  # of the memory that is free: the rest is for gradients on their way, for the allocator and for others
-_OPTIMIZER_BYTES = 20  # a trainable parameter: gradient, its copy while it is clipped, AdamW's two moments, float32
+OPTIMIZER_BYTES = 16  # a trainable parameter: gradient, AdamW's two moments and what a step needs on the way, float32
 _PROBE = (64, 192, 320)  # tokens of the rows that activations are counted on
 
 
@@ -55,46 +55,71 @@ def activations(objective: Objective, model: Any) -> Activations:
 
 
 def fit(section: TrainSection, objective: Objective, model: Any, longest: int) -> Fit:
-    """Choose the pass, and whether to compute activations twice, by what is free.
+    """Choose the pass, and whether to compute activations twice, by what is free on the model's device.
 
     Args:
         section: the recipe's `train`; what it says is taken.
-        objective, model: on the device that trains.
+        objective, model: on the device that trains. The model is set to what is chosen.
         longest: tokens of the longest row.
 
     Raises:
         InputError: not even the longest row alone fits.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    room = _SHARE * (free(model) - _OPTIMIZER_BYTES * trainable)
-    wanted = section.pass_tokens or DEFAULT_PASS_TOKENS
-    twice = section.gradient_checkpointing is True
-    if twice:
+
+    def twice() -> Activations:
         compute_twice(model)
-    each = activations(objective, model)
+        return activations(objective, model)
+
+    return choose(section, lambda: activations(objective, model), twice, room(free(model), trainable), longest)
+
+
+def room(free_bytes: float, trainable: int) -> float:
+    """Bytes that activations may take where `free_bytes` are free beside the weights."""
+    return _SHARE * (free_bytes - OPTIMIZER_BYTES * trainable)
+
+
+def choose(
+    section: TrainSection,
+    once: Callable[[], Activations],
+    twice: Callable[[], Activations],
+    room: float,
+    longest: int,
+) -> Fit:
+    """What `fit` chooses, from the activations alone.
+
+    Args:
+        section: the recipe's `train`; what it says is taken.
+        once, twice: what the model keeps, and what it keeps when activations are computed twice; asked when needed.
+        room: bytes for activations.
+        longest: tokens of the longest row.
+
+    Raises:
+        InputError: not even the longest row alone fits.
+    """
+    wanted, again, why = section.pass_tokens or DEFAULT_PASS_TOKENS, section.gradient_checkpointing is True, None
+    each = twice() if again else once()
     alone = each.of(longest, longest)
-    why = None
     if alone > room and section.gradient_checkpointing == "auto":
-        compute_twice(model)
-        twice, each, once = True, activations(objective, model), alone
-        alone = each.of(longest, longest)
         why = (
-            f"activations are computed twice: those of the longest row ({longest} tokens) take {once / 1e9:.1f} GB, "
-            f"{room / 1e9:.1f} GB are free for them"
+            f"activations are computed twice: those of the longest row ({longest} tokens) take {alone / 1e9:.1f} GB, "
+            f"{max(room, 0) / 1e9:.1f} GB are free for them"
         )
+        again, each = True, twice()
+        alone = each.of(longest, longest)
     if alone > room:
         raise InputError(
             f"training does not fit: the activations of the longest row ({longest} tokens) take {alone / 1e9:.1f} GB, "
             f"{max(room, 0) / 1e9:.1f} GB are free for them",
             where="data.max_length",
-            fix="lower it, close other programs, train.gradient_checkpointing=auto, or take a smaller model",
+            fix="lower it, close other programs, leave train.gradient_checkpointing at auto, or take a smaller model",
         )
     if section.pass_tokens is None:
         while wanted > max(longest, _SMALLEST_PASS) and each.of(wanted, longest) > room:
             wanted //= 2
         if wanted < DEFAULT_PASS_TOKENS:
-            why = why or f"{wanted} tokens a pass: {max(room, 0) / 1e9:.1f} GB are free for activations"
-    return Fit(wanted, twice, why)
+            why = why or f"{wanted} tokens a pass: {room / 1e9:.1f} GB are free for activations"
+    return Fit(wanted, again, why)
 
 
 def compute_twice(model: Any) -> None:

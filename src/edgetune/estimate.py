@@ -1,0 +1,135 @@
+"""Time, peak memory and disk of each stage: training from a calibration on this machine, the rest from the model's size.
+
+The other stages are loading, saving and forward passes; their factors (seconds to import and load, copies of the weights)
+were fitted on SmolLM2-135M on two AVX-512 cores. `benchmarks/README.md` says how far all of it is off.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from functools import lru_cache
+from typing import Any
+
+import psutil
+
+from edgetune.models import Base
+from edgetune.recipe import Recipe, TrainSection
+
+_BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows
+_LOAD_MB_S = 250.0  # reading weights and laying them out
+_IMPORT_S = 3.0
+_HEAD_MB = 80.0  # logits and their slopes, a piece at a time
+_SPARE = 1.1  # what the allocator holds beside what is used
+
+_bases: dict[Any, Base] = {}  # by path: what is cached by must be hashable
+
+Estimates = dict[str, dict[str, float]]
+
+
+def estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[Estimates, list[str]]:
+    """Estimate every stage of a run.
+
+    Args:
+        recipe: the recipe.
+        base: the base model, on this machine.
+        tokens: `train`, `validation` (tokens of each side), `rows` (training rows), `longest` (tokens of a row).
+
+    Returns:
+        for each stage `seconds`, `memory_mb` (peak resident), `disk_mb`; and what was chosen for training, in words.
+
+    Raises:
+        InputError: training cannot fit, or the method does not fit the model.
+    """
+    train, said, parameters, forward_s = _train(recipe, base, tokens)
+    return {**_others(recipe, base, tokens, parameters, forward_s), "train": train}, said
+
+
+def _train(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[dict[str, float], list[str], int, float]:
+    from edgetune.train.memory import OPTIMIZER_BYTES, choose, room
+    from edgetune.train.schedule import DEFAULT_PASS_TOKENS, DEFAULT_ROWS
+
+    section = recipe.train
+    row = max(1, round(tokens["train"] / max(1, tokens["rows"])))
+    a_step = section.gradient_accumulation * (section.batch_tokens or (section.batch_size or DEFAULT_ROWS) * row)
+    measured = min(a_step, section.pass_tokens or DEFAULT_PASS_TOKENS)
+    _bases[base.path] = base
+    found = _calibration(section.model_dump_json(), base.path, row, measured, recipe.model.trust_remote_code)
+    free = psutil.virtual_memory().available - found.weight_bytes
+    fit = choose(section, lambda: found.once, lambda: found.twice, room(free, found.trainable), tokens["longest"])
+    kept = (found.twice if fit.checkpointing else found.once).of(min(fit.pass_tokens, a_step), tokens["longest"])
+    again = 4 / 3 if fit.checkpointing else 1.0  # forward, forward again and backward, in place of forward and backward
+    learned = section.max_steps * a_step if section.max_steps else section.epochs * tokens["train"]
+    validated = (1 + section.evaluations) * tokens["validation"]
+    file_mb = _file_mb(base)
+    answers = 2 * section.samples * section.sample_tokens
+    seconds = (
+        _IMPORT_S
+        + file_mb / _LOAD_MB_S
+        + (learned * found.step_s * again + validated * found.forward_s) / found.tokens
+        + answers * (found.weight_bytes / 2e10 + 0.02)
+    )
+    working = found.weight_bytes + OPTIMIZER_BYTES * found.trainable + _SPARE * kept
+    loading = found.weight_bytes + 1e6 * file_mb  # the file's pages count while it is copied
+    said = [
+        f"{found.trainable:,} of {found.parameters:,} parameters are trained, about "
+        f"{found.tokens / found.step_s / again:,.0f} tokens/s, {fit.pass_tokens} tokens a pass"
+    ]
+    if fit.why:
+        said.append(fit.why)
+    told = {
+        "seconds": seconds,
+        "memory_mb": found.runtime_mb + _HEAD_MB + max(working, loading) / 1e6,
+        "disk_mb": 3 * 12 * found.trainable / 1e6,  # the adapter and two checkpoints with the optimizer's state
+    }
+    return told, said, found.parameters, found.forward_s / found.tokens
+
+
+@lru_cache(maxsize=64)
+def _calibration(section: str, path: Any, row: int, tokens: int, trust_remote_code: bool) -> Any:
+    """Calibrations of this process by what they depend on: the points of a sweep often share one."""
+    from edgetune.train.calibrate import calibrate
+
+    found = calibrate(TrainSection.model_validate_json(section), _bases[path], row, tokens, trust_remote_code)
+    gc.collect()
+    return found
+
+
+def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int, forward_s: float) -> Estimates:
+    from edgetune.export.targets import load_target
+    from edgetune.runtime.hardware import bandwidth_gb_s
+
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    embedding = config.get("vocab_size", 32000) * config.get("hidden_size", 1024)
+    weights_mb = 4 * parameters / 1e6
+    load_s = _IMPORT_S + weights_mb / _LOAD_MB_S
+    runtime_mb = psutil.Process().memory_info().rss / 1e6
+    precision = load_target(recipe.export.target).precision
+    bytes_a_weight = {"fp32": 4.0, "int8": 1.15 + 4 * embedding / parameters, "int4": 0.7}[precision]
+    artifact_mb = bytes_a_weight * parameters / 1e6
+    compared = min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1))
+    compared += 8 * 8 * recipe.verify.golden_tokens
+    decode_s = artifact_mb / 1e3 / bandwidth_gb_s() * 2 + 0.002
+    rounds = recipe.bench.warmup + recipe.bench.repetitions
+    both = tokens["train"] + tokens["validation"]
+    return {
+        "data": {"seconds": _IMPORT_S + both / 3e5, "memory_mb": runtime_mb, "disk_mb": both * _BYTES_A_TOKEN / 1e6},
+        "merge": {"seconds": 2 * load_s, "memory_mb": runtime_mb + 2 * weights_mb, "disk_mb": weights_mb},
+        "export": {"seconds": 2 * load_s, "memory_mb": runtime_mb + 2.6 * weights_mb, "disk_mb": artifact_mb},
+        "verify": {
+            "seconds": load_s + 6 * forward_s * compared,
+            "memory_mb": runtime_mb + weights_mb + 1.5 * artifact_mb,
+            "disk_mb": 0.1,
+        },
+        "bench": {
+            "seconds": 2 + rounds * (2 * forward_s * recipe.bench.prompt_tokens + recipe.bench.new_tokens * decode_s),
+            "memory_mb": 100 + 1.2 * artifact_mb,
+            "disk_mb": 0.1,
+        },
+    }
+
+
+def _file_mb(base: Base) -> float:
+    return math.fsum(path.stat().st_size for path in base.path.glob("*.safetensors")) / 1e6
