@@ -17,7 +17,7 @@ def project(tmp_path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]]) -
     (tmp_path / "tiny.yaml").write_text(
         f"model: {{id: {tiny_model}}}\n"
         "data: {train: rows.jsonl, validation: {auto: 0.25}}\n"
-        "train: {rank: 4, learning_rate: 0.01, max_steps: 1, batch_size: 4, evaluations: 1, samples: 0}\n"
+        "train: {rank: 4, learning_rate: 0.01, max_steps: 1, batch_size: 4, evaluations: 1, samples: 0, threads: 1}\n"
     )
     return tmp_path
 
