@@ -184,6 +184,10 @@ def _with_adapter(model: Any, section: TrainSection) -> Any:
         from edgetune.train import lora
 
         lora.register(config)
+    elif section.method == "qlora":
+        from edgetune.train import lora4
+
+        lora4.register(config)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
