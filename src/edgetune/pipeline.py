@@ -25,6 +25,8 @@ from edgetune.run import STAGES, RunFolder, Work, seal
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
     from edgetune.models import Base
+    from edgetune.train.crew import Crew
+    from edgetune.train.trainer import Job
 
 
 @dataclass
@@ -49,8 +51,10 @@ class Result:
 class Pipeline:
     """The stages of one recipe in one run folder."""
 
-    def __init__(self, loaded: LoadedRecipe, base: Base | None = None) -> None:
+    def __init__(self, loaded: LoadedRecipe, base: Base | None = None, crew: Crew | None = None) -> None:
         self.recipe = loaded.recipe
+        self._crew = crew  # the processes that train; this one alone when None
+        self._path = loaded.path
         self.folder = RunFolder(loaded.run_dir)
         self._named = shlex.join([str(loaded.path), *loaded.overrides])
         self._base = base
@@ -176,7 +180,7 @@ class Pipeline:
             }
             return Work(stage, inputs, {**options, "seed": recipe.seed})
         if stage == "train":
-            options = {**recipe.train.model_dump(), **reading, "seed": recipe.seed}
+            options = {**recipe.train.model_dump(exclude={"distributed"}), **reading, "seed": recipe.seed}
             return Work(stage, {"base": base_id, "data": content("data")}, options)
         if stage == "merge":
             return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
@@ -255,32 +259,56 @@ class Pipeline:
             seal(out, work)
 
     def _train(self, work: Work) -> None:
-        from edgetune.models import stop_ids
-        from edgetune.train.trainer import Job, train
-
         turn = self.folder.report("data").get("turn")  # absent for plain text
-        job = Job(
+        with self._staged("train", work, stop_id=turn["stop_id"] if turn else None) as (report, adapter):
+            assignment = {
+                "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
+                "path": str(self._path),
+                "key": work.key,
+                "report": str(report.absolute()),
+                "adapter": str(adapter.absolute()),
+                "resume": self._resume,
+                "notes": str((self.folder.path / ".processes").absolute()),
+                "threads": self.recipe.train.threads,
+            }
+            if self._crew is None:
+                self.take_part(assignment)
+            else:
+                from edgetune.train import launch
+
+                launch.start(self._crew, self.recipe.train, assignment)
+        shutil.rmtree(self._checkpoints)
+
+    def take_part(self, assignment: dict[str, Any]) -> None:
+        """Train: alone, or as one of several processes that were given the same assignment. The data is prepared."""
+        from edgetune.train.trainer import train
+
+        train(
+            self.recipe.train,
+            self._job(assignment["key"]),
+            report=Path(assignment["report"]),
+            adapter=Path(assignment["adapter"]),
+            checkpoints=self._checkpoints,
+            resume=assignment["resume"],
+        )
+
+    def _job(self, key: str) -> Job:
+        from edgetune.models import stop_ids
+        from edgetune.train.trainer import Job
+
+        turn = self.folder.report("data").get("turn")
+        return Job(
             base=self.base(),
             tokenizer=self._tokenizer(),
             train=self._encoded("train"),
             validation=self._encoded("validation"),
             seed=self.recipe.seed,
-            key=work.key,
+            key=key,
             trust_remote_code=self.recipe.model.trust_remote_code,
             place=self._place,
             stop_ids=frozenset([*stop_ids(self.base().path), *([turn["stop_id"]] if turn else [])]),
             name=self.name,
         )
-        with self._staged("train", work, stop_id=turn["stop_id"] if turn else None) as (report, adapter):
-            train(
-                self.recipe.train,
-                job,
-                report=report,
-                adapter=adapter,
-                checkpoints=self._checkpoints,
-                resume=self._resume,
-            )
-        shutil.rmtree(self._checkpoints)
 
     def _place(self, row: int) -> str:
         """Where a training row comes from, as file:line."""

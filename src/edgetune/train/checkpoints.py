@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and the best adapter so far.
 
 `transformers` writes a checkpoint file by file. Once all of it is on disk a `complete.json` with the files' hashes
-is added, and only a checkpoint that still matches it is resumed from.
+is added, and only a checkpoint that still matches it is resumed from. Of several processes only the first writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
-from edgetune.train import method
+from edgetune.train import distributed, method, shards
 
 _MARK = "complete.json"
 
@@ -28,28 +28,32 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, key: str, resume: bool) -> None:
-        self.folder = folder
+        self.folder, self._writes = folder, distributed.place().first
         mark = folder / "key.json"
         same = mark.is_file() and read_json(mark) == {"key": key}
-        if folder.exists() and not (same and resume):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"key": key})
+        if self._writes:
+            if folder.exists() and not (same and resume):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(mark, {"key": key})
         self.last = self._last_whole()
         self.step = int(self.last.name.rsplit("-", 1)[1]) if self.last else 0
         self.metrics = [row for row in self._read_metrics() if row["step"] <= self.step] if self.last else []
         self._write_metrics()
-        if not self.last:
+        if not self.last and self._writes:
             (folder / "settled.json").unlink(missing_ok=True)
 
     def settle(self, name: str, decide: Callable[[], Any]) -> Any:
-        """What `decide` says when training begins, as JSON; whoever resumes gets that, and `decide` is not asked."""
+        """What `decide` says when training begins, as JSON; whoever resumes gets that, and `decide` is not asked.
+
+        The first process decides for all.
+        """
         path = self.folder / "settled.json"
-        settled = read_json(path) if path.is_file() else {}
-        if name not in settled:
+        settled = read_json(path) if path.is_file() and self._writes else {}
+        if name not in settled and self._writes:
             settled[name] = decide()
             write_json(path, settled)
-        return settled[name]
+        return distributed.agreed(settled.get(name))
 
     def _last_whole(self) -> Path | None:
         found = sorted(
@@ -58,11 +62,14 @@ class Checkpoints:
         for path in found:
             if _whole(path):
                 return path
-            shutil.rmtree(path)
+            if self._writes:
+                shutil.rmtree(path)
         return None
 
     def complete(self, step: int) -> None:
         """Mark the checkpoint of `step`, just written, as whole, and drop those before the previous one."""
+        if not self._writes:
+            return
         path = self.folder / f"checkpoint-{step}"
         write_json(path / _MARK, {file.name: sha256_file(file) for file in path.iterdir() if file.is_file()})
         older = [p for p in self.folder.glob("checkpoint-*") if int(p.name.rsplit("-", 1)[1]) < step]
@@ -76,8 +83,11 @@ class Checkpoints:
 
     def keep_best(self, model: Any, step: int, loss: float) -> None:
         """Keep the adapter as the best so far."""
+        state = shards.whole_weights(model)
+        if not self._writes:
+            return
         with staged_folder(self.best) as folder:
-            method.save(model, folder)
+            method.save(model, folder, state=state)
             write_json(folder / "best.json", {"step": step, "loss": loss})
 
     @property
@@ -94,7 +104,8 @@ class Checkpoints:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def _write_metrics(self) -> None:
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+        if self._writes:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
 
 def _whole(path: Path) -> bool:

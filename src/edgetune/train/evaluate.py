@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgetune.data.batch import Encoded
+from edgetune.train import distributed
 from edgetune.train.objective import Objective
 from edgetune.train.schedule import passes
 
@@ -35,15 +36,18 @@ def evaluate(
     loss, correct, count = 0.0, 0, 0
     lengths = [len(row.ids) for row in rows]
     for start in range(0, len(rows), _AT_A_TIME):
-        for one in passes(range(start, min(start + _AT_A_TIME, len(rows))), lengths, pass_tokens):
-            found = objective.score(model, [rows[row] for row in one])
+        end = min(start + _AT_A_TIME, len(rows))
+        own = distributed.share(passes(range(start, end), lengths, pass_tokens, distributed.place().size))
+        for number, one in enumerate(own):
+            found = objective.score(model, distributed.filled([rows[row] for row in one], rows))
             loss, correct, count = loss + found[0], correct + found[1], count + found[2]
             if done:
-                done(len(one))
-    mean = loss / count
+                done((end - start) * (number + 1) // len(own) - (end - start) * number // len(own))
+    loss, right, tokens = distributed.total([loss, correct, count])
+    mean = loss / tokens
     return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
-        "token_accuracy": correct / count,
-        "tokens": count,
+        "token_accuracy": right / tokens,
+        "tokens": int(tokens),
     }

@@ -20,7 +20,7 @@ from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
-from edgetune.train import attention, memory, method, samples, trackers
+from edgetune.train import attention, distributed, memory, method, samples, shards, trackers
 from edgetune.train.checkpoints import Checkpoints
 from edgetune.train.curves import remarks
 from edgetune.train.evaluate import evaluate
@@ -85,15 +85,19 @@ def train(
     reset_peak()
     started = time.monotonic()
     transformers.set_seed(job.seed)
-    kept = Checkpoints(checkpoints, job.key, resume)
+    with distributed.first_goes_first():
+        kept = Checkpoints(checkpoints, job.key, resume)
     with quiet(), _threads(section.threads):
         training = _prepare(section, job, kept)
         steps = len(training.steps)
-        if kept.last:
-            progress.say(f"train: resuming after step {kept.step} of {steps}")
-        else:
+        prompts = samples.pick(job.validation, section.samples)
+
+        def answers(model: Any) -> list[str]:
+            return samples.answers(model, job.tokenizer, prompts, section.sample_tokens, job.stop_ids)
+
+        def look_at_base(model: Any) -> None:
             with progress.task("validate base", len(job.validation)) as bar:
-                before = training.score(training.trainer.model, bar.advance)
+                before = training.score(model, bar.advance)
             if not math.isfinite(before["loss"]):
                 raise InputError(
                     "the base model's own loss is not a number: its weights are broken",
@@ -101,24 +105,27 @@ def train(
                     fix="get the model again, or try train.dtype=float32",
                 )
             kept.record({"step": 0, **{f"validation_{name}": value for name, value in before.items()}})
-        prompts = samples.pick(job.validation, section.samples)
+            said = answers(model)
+            kept.settle("answers_before", lambda: said)
 
-        def answers() -> list[str]:
-            model = training.trainer.model
-            return samples.answers(model, job.tokenizer, prompts, section.sample_tokens, job.stop_ids)
-
-        unread = kept.settle("answers_before", lambda: answers())
+        if kept.last:
+            progress.say(f"train: resuming after step {kept.step} of {steps}")
+        elif distributed.divides_weights(section):  # then the model runs once the engine holds it, and not before
+            training.watch.begin = look_at_base
+        else:
+            look_at_base(training.trainer.model)
         if kept.step < steps and not stops(section, kept):  # else all that was missing is what follows
             try:
                 training.trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
             finally:
                 training.watch.close(*sys.exc_info())
         training.watch.restore_best(training.trainer.model)
-        shown = samples.compare(job.tokenizer, prompts, unread, answers(), job.stop_ids)
+        unread = kept.settle("answers_before", list)
+        shown = samples.compare(job.tokenizer, prompts, unread, answers(training.trainer.model), job.stop_ids)
 
     trainer, told = training.trainer, _told(kept.metrics)
-    trainable = trainer.model.num_parameters(only_trainable=True)
-    whole = getattr(trainer.model, "get_base_model", lambda: trainer.model)().num_parameters()
+    trainable = shards.parameters(trainer.model, trained_only=True)
+    whole = shards.parameters(trainer.model)
     result = {
         "method": section.method,
         **told,
@@ -137,9 +144,12 @@ def train(
         "dtype": str(method.base_dtype(section)).removeprefix("torch."),
         "device": str(trainer.args.device),
         "threads": section.threads or torch.get_num_threads(),
+        "processes": distributed.place().size,
         "seed": job.seed,
         "samples": shown,
     }
+    if not distributed.place().first:
+        return result
     method.publish(kept.best, adapter, base=job.base, tokenizer=job.tokenizer)
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
@@ -204,10 +214,17 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         objective=objective,
         section=section,
         model=model,
-        args=_arguments(section, job.seed, len(steps), default_learning_rate(section, parameters), kept.folder),
+        args=_arguments(section, job.seed, len(steps), default_learning_rate(section, parameters), kept.folder, model),
         train_dataset=_Steps(job.train, steps, lengths, fit.pass_tokens),
         data_collator=lambda items: {"passes": [objective.batch(rows) for rows in items[0][0]], "learned": items[0][1]},
-        callbacks=[watch, *trackers.callbacks(section.trackers, job.name, kept.folder, shown, kept.metrics)],
+        callbacks=[
+            watch,
+            *(
+                trackers.callbacks(section.trackers, job.name, kept.folder, shown, kept.metrics)
+                if distributed.place().first
+                else []
+            ),
+        ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     a_pass = steps_a_pass(lengths, section, job.seed)
@@ -287,10 +304,13 @@ def _trainer_class() -> Any:
         def __init__(self, *, objective: Objective, section: TrainSection, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self._objective, self._section = objective, section
+            self._groups: list[list[Any]] = []
 
         def create_optimizer(self, model: Any = None) -> Any:
             if getattr(self, "optimizer", None) is None:
                 self.optimizer: Any = make_optimizer(model or self.model, self._section, self.args.learning_rate)
+                if self.is_deepspeed_enabled:  # which flattens them
+                    self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
             return self.optimizer
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
@@ -299,11 +319,39 @@ def _trainer_class() -> Any:
             total = torch.zeros((), device=self.args.device)
             for number, batch in enumerate(inputs["passes"], 1):
                 last = number == len(inputs["passes"])
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with distributed.one_pass(self, model, last):
                     loss = self._objective.loss(model, batch) / inputs["learned"]
-                    self.accelerator.backward(loss)
+                    distributed.backward(self, loss, last)
                 total += loss.detach()
-            return total
+            return distributed.summed(total)
+
+        def get_train_dataloader(self) -> Any:  # plain: a step's passes are shared out by `_Steps`
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            distributed.fsdp_on_cpu(self)
+
+        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            if not shards.divided(self):
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            if resume_from_checkpoint:
+                shards.load_weights(self.model, Path(resume_from_checkpoint))
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            if resume_from_checkpoint:
+                shards.load_state(self, Path(resume_from_checkpoint), self._groups)
+            return prepared
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            state = shards.whole_weights(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if shards.divided(self):
+                shards.save_state(self, Path(output_dir), self._groups)
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             if hasattr(self.model, "peft_config"):  # peft asks the hub about embeddings unless it is told
@@ -318,7 +366,8 @@ def _trainer_class() -> Any:
 
 
 class _Steps:
-    """The steps as the dataset that Trainer wants: an item is a step's passes, and its number of learned tokens."""
+    """The steps as the dataset that Trainer wants: an item is this process's passes of a step, and the learned tokens
+    of the whole step."""
 
     def __init__(
         self, rows: Sequence[Encoded], steps: Sequence[Step], lengths: Sequence[int], pass_tokens: int
@@ -330,11 +379,15 @@ class _Steps:
 
     def __getitem__(self, index: int) -> tuple[list[list[Encoded]], int]:
         step = self._steps[index]
-        cut = passes(step.rows, self._lengths, self._pass_tokens)
-        return [[self._rows[row] for row in one] for one in cut], step.learned
+        cut = passes(step.rows, self._lengths, self._pass_tokens, distributed.place().size)
+        return [
+            distributed.filled([self._rows[row] for row in one], self._rows) for one in distributed.share(cut)
+        ], step.learned
 
 
-def _arguments(section: TrainSection, seed: int, steps: int, learning_rate: float, checkpoints: Path) -> Any:
+def _arguments(
+    section: TrainSection, seed: int, steps: int, learning_rate: float, checkpoints: Path, model: Any
+) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -357,6 +410,7 @@ def _arguments(section: TrainSection, seed: int, steps: int, learning_rate: floa
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        **distributed.training_arguments(section, model),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from edgetune import progress
 from edgetune.errors import EdgetuneError
 from edgetune.recipe import TrainSection
+from edgetune.train import distributed
 from edgetune.train.checkpoints import Checkpoints
 from edgetune.train.curves import spike
 
@@ -53,10 +54,13 @@ class Watcher(TrainerCallback):
         self._saved_at = self._step_at = 0.0
         self._shown: Any = None
         self._bar: Any = None
+        self.begin: Callable[[Any], None] | None = None  # what is done first, with the model in the engine's hands
         self._best: list[Any] | None = None  # what is trained, at the best step
         self._best_step = self._last_step = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.begin:
+            self.begin(model)
         self._shown = progress.task("train", len(self._steps))
         self._bar = self._shown.__enter__()
         self._bar.advance(state.global_step)
@@ -89,11 +93,12 @@ class Watcher(TrainerCallback):
             self._validate(number, model)
             control.should_training_stop = control.should_training_stop or stops(self._section, self._kept)
             control.should_save = True
-        elif time.monotonic() - self._saved_at > _CHECKPOINT_EVERY_S:
+        elif distributed.agreed(time.monotonic() - self._saved_at > _CHECKPOINT_EVERY_S):
             control.should_save = True
         self._step_at = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        distributed.wait()  # each process writes its random state
         self._kept.complete(state.global_step)
         self._step_at = self._saved_at = time.monotonic()
 

@@ -1,0 +1,267 @@
+"""Several processes train one model: who this process is, what they tell each other, and the engine's settings.
+
+Without `join` there is one process, and everything here does nothing. A step is the same step for any number of
+processes: each takes its share of the step's passes, and every loss is divided by the learned tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from edgetune.data.render import Encoded
+from edgetune.errors import InputError
+from edgetune.recipe import TrainSection
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)  # how long a process waits for another that lives, but says nothing
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that train.
+
+    Attributes:
+        rank: its number among all, from 0.
+        local_rank: its number on this machine.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+
+_place = Place()
+
+
+def place() -> Place:
+    """This process's place: the only one, until `join`."""
+    return _place
+
+
+def join(found: Place, engine: str, store: Any = None) -> None:
+    """Meet the other processes, and wait for all of them.
+
+    Args:
+        found: this process's place.
+        engine: the recipe's.
+        store: where they meet; MASTER_ADDR:MASTER_PORT, which the environment names, when None.
+    """
+    global _place
+    import torch
+
+    if engine == "deepspeed" and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(found.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, rank=found.rank, world_size=found.size, timeout=PATIENCE, store=store)
+    _place = found
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    global _place
+    import torch
+
+    if _joined():
+        torch.distributed.destroy_process_group()
+    _place = Place()
+
+
+def _joined() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Each value summed over all processes."""
+    import torch
+
+    if _place.size == 1:
+        return list(values)
+    held = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(held)
+    return held.tolist()
+
+
+def summed(value: Any) -> Any:
+    """A tensor on the training device summed over all processes."""
+    import torch
+
+    if _place.size > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def agreed(value: T) -> T:
+    """The first process's value, for all: of what depends on a clock, or on this machine."""
+    import torch
+
+    if _place.size == 1:
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The block is run by the first process, then by the others, who find what it left."""
+    if not _place.first:
+        wait()
+    yield
+    if _place.first:
+        wait()
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    import torch
+
+    if _place.size > 1:
+        torch.distributed.all_reduce(torch.zeros(1))
+
+
+def share(passes: Sequence[T]) -> list[T]:
+    """The passes of this process; their number is a multiple of the number of processes."""
+    return list(passes[_place.rank :: _place.size])
+
+
+def filled(rows: list[Encoded], others: Sequence[Encoded]) -> list[Encoded]:
+    """The rows of a pass; where it has none, the beginning of another row of which nothing is learned.
+
+    Engines that divide the weights gather them in each pass: all processes must run the same number of passes.
+    """
+    return rows or [Encoded(others[0].ids[:2], [False] * len(others[0].ids[:2]))]
+
+
+def divides_weights(section: TrainSection) -> bool:
+    """Whether the engine leaves each process with only a part of the weights."""
+    wanted = section.distributed
+    if wanted is None or not _joined():
+        return False
+    return wanted.engine == "fsdp" or (wanted.engine == "deepspeed" and wanted.zero_stage == 3)
+
+
+def check(section: TrainSection, processes: int) -> None:
+    """Refuse what cannot be, before anything is started.
+
+    Raises:
+        InputError: fewer rows in a step than processes, an initialization that the engine cannot carry, or an engine
+            that is not installed.
+    """
+    from edgetune.train.schedule import DEFAULT_ROWS
+
+    if section.batch_tokens is None:
+        rows = (section.batch_size or DEFAULT_ROWS) * section.gradient_accumulation
+        if rows < processes:
+            raise InputError(
+                f"{processes} processes would share a step of {rows} rows: some would have none",
+                where="train.batch_size",
+                fix=f"start {rows} processes at most, or raise train.batch_size",
+            )
+    wanted = section.distributed
+    if wanted and wanted.engine == "deepspeed":
+        from importlib.util import find_spec
+
+        if find_spec("deepspeed") is None:
+            raise InputError(
+                "deepspeed is not installed", where="train.distributed.engine", fix="pip install 'edgetune[deepspeed]'"
+            )
+
+
+def training_arguments(section: TrainSection, model: Any) -> dict[str, Any]:
+    """What Trainer's arguments say of the engine.
+
+    Args:
+        section: the recipe's `train`.
+        model: what is trained; FSDP divides it along its layers.
+    """
+    import torch
+
+    if not _joined():
+        return {}
+    wanted = section.distributed
+    cpu = {} if torch.cuda.is_available() else {"use_cpu": True, "ddp_backend": "gloo"}
+    if wanted is None or wanted.engine == "ddp":
+        return {**cpu, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    if wanted.engine == "deepspeed":
+        return {**cpu, "deepspeed": _deepspeed(section)}
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": list(whole._no_split_modules or []),
+        "reshard_after_forward": True,
+        "cpu_offload": wanted.offload == "cpu",
+        "cpu_ram_efficient_loading": False,
+    }
+    return {**cpu, "fsdp": True, "fsdp_config": settings}
+
+
+def fsdp_on_cpu(trainer: Any) -> None:
+    """Have accelerate use FSDP where it was asked for: without a GPU it falls back to DDP, and does not say so."""
+    if trainer.args.fsdp_plugin_args is None or trainer.accelerator.state.distributed_type.value == "FSDP":
+        return
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def _deepspeed(section: TrainSection) -> dict[str, Any]:
+    assert section.distributed
+    stage, to_cpu = section.distributed.zero_stage, section.distributed.offload == "cpu"
+    zero: dict[str, Any] = {"stage": stage}
+    if to_cpu:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000  # a LoRA matrix is not worth a message of its own
+        if to_cpu:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the trainer says itself which pass is a step's last
+        "gradient_clipping": section.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW: DeepSpeed's would have to be compiled
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def backward(trainer: Any, loss: Any, last: bool) -> None:
+    """The backward pass of one of a step's passes; gradients are exchanged, and averaged, with the last one.
+
+    Args:
+        trainer: transformers' Trainer.
+        loss: summed over the pass, over the learned tokens of the whole step, a scalar.
+        last: whether this is the step's last pass on this process.
+    """
+    if trainer.is_deepspeed_enabled:
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        trainer.accelerator.backward(loss * _place.size, scale_wrt_gas=False)
+        return
+    trainer.accelerator.backward(loss * _place.size if _place.size > 1 else loss)
+
+
+def one_pass(trainer: Any, model: Any, last: bool) -> Any:
+    """Around a pass: its gradients stay on this process until the step's last. DeepSpeed is told in `backward`."""
+    if last or trainer.is_deepspeed_enabled:
+        return contextlib.nullcontext()
+    return trainer.accelerator.no_sync(model)
