@@ -11,7 +11,8 @@ transformers' `sdpa`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 NAME = "edgetune"
 _BLOCK = 128  # queries a product; measured best of 64, 128, 256 on two AVX-512 cores at rows of 100-800 tokens
+_ROUND = 16  # counts of queries and keys are multiples of this
 _KEEP = 1024  # probabilities of longer rows are computed again in the backward pass: they grow with the square
 
 
@@ -111,26 +113,56 @@ def _hidden(queries: int, keys: int, before: int, window: int, device: str = "cp
     return hidden
 
 
-def _blocks(lengths: Sequence[int], window: int) -> Iterator[tuple[int, int, int]]:
-    """Blocks of queries as (first key, first query, end of queries and keys), in places of the whole sequence."""
-    start = 0
+@dataclass(frozen=True)
+class _Block:
+    """Queries of one row and the keys that they may see, as places of the whole sequence.
+
+    `queries` and `keys` are counts that were rounded up where the sequence goes on: what lies behind belongs to the next
+    row, and is masked. So products have few different shapes, for each of which the library keeps code of its own.
+    """
+
+    first: int
+    end: int
+    start: int
+    queries: int
+    keys: int
+
+    def probabilities(self, q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+        """Softmax of the scores: q (K, G, T, D) and k (K, T, D) to (K, G · queries, keys); 0 where nothing is seen."""
+        heads, group, _, size = q.shape
+        wanted = (q[:, :, self.first : self.first + self.queries] * scale).reshape(heads, -1, size)
+        scores = torch.bmm(wanted, self.of(k).transpose(1, 2)).view(heads, group, self.queries, self.keys)
+        before = self.first - self.start
+        if window and self.keys > window:
+            scores.masked_fill_(_hidden(self.queries, self.keys, before, window), -math.inf)
+        else:
+            scores[..., before:].masked_fill_(_hidden(self.queries, self.keys - before, 0, 0), -math.inf)
+        p = torch.softmax(scores, -1)
+        if self.first + self.queries > self.end:
+            p[:, :, self.end - self.first :] = 0
+        return p.view(heads, -1, self.keys)
+
+    def of(self, keys: torch.Tensor) -> torch.Tensor:
+        """The block's part of keys or values (K, T, D)."""
+        return keys[:, self.start : self.start + self.keys]
+
+    @property
+    def kept(self) -> bool:
+        """Whether its probabilities are kept for the backward pass."""
+        return self.end - self.start <= _KEEP
+
+
+@lru_cache(maxsize=64)
+def _blocks(lengths: tuple[int, ...], window: int) -> list[_Block]:
+    total, row, found = sum(lengths), 0, []
     for length in lengths:
-        for first in range(start, start + length, _BLOCK):
-            end = min(first + _BLOCK, start + length)
-            yield (max(start, first - window + 1) if window else start), first, end
-        start += length
-
-
-def _probabilities(q: torch.Tensor, k: torch.Tensor, scale: float, first: int, window: int) -> torch.Tensor:
-    """Softmax of the scores of a block: q (K, G, n, D) against k (K, m, D), of which the first `first` come before."""
-    heads, group, n, size = q.shape
-    m = k.shape[1]
-    scores = torch.bmm((q * scale).reshape(heads, group * n, size), k.transpose(1, 2)).view(heads, group, n, m)
-    if window and m > window:
-        scores.masked_fill_(_hidden(n, m, first, window), -math.inf)
-    else:
-        scores[..., first:].masked_fill_(_hidden(n, n, 0, 0), -math.inf)
-    return torch.softmax(scores, -1).view(heads, group * n, m)
+        for first in range(row, row + length, _BLOCK):
+            end = min(first + _BLOCK, row + length)
+            start = max(row, first - window + 1) if window else row
+            queries, keys = (min(-(-(end - at) // _ROUND) * _ROUND, total - at) for at in (first, start))
+            found.append(_Block(first, end, start, queries, keys))
+        row += length
+    return found
 
 
 class _Rows(torch.autograd.Function):
@@ -150,11 +182,11 @@ class _Rows(torch.autograd.Function):
         grouped = q.view(k.shape[0], -1, tokens, size)
         out = q.new_empty(tokens, heads, v.shape[-1])
         kept = []
-        for start, first, end in _blocks(lengths, window):
-            p = _probabilities(grouped[:, :, first:end], k[:, start:end], scale, first - start, window)
-            mixed = torch.bmm(p, v[:, start:end])
-            out[first:end] = mixed.view(heads, end - first, -1).transpose(0, 1)
-            if end - start <= _KEEP:
+        for block in _blocks(lengths, window):
+            p = block.probabilities(grouped, k, scale, window)
+            mixed = torch.bmm(p, block.of(v)).view(heads, block.queries, -1)
+            out[block.first : block.end] = mixed[:, : block.end - block.first].transpose(0, 1)
+            if block.kept:
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.lengths, ctx.window = scale, lengths, window
@@ -169,18 +201,15 @@ class _Rows(torch.autograd.Function):
         grouped = q.view(shared, -1, tokens, size)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         probabilities = iter(kept)
-        for start, first, end in _blocks(ctx.lengths, window):
-            n = end - first
-            keys, values = k[:, start:end], v[:, start:end]
-            if end - start <= _KEEP:
-                p = next(probabilities)
-            else:
-                p = _probabilities(grouped[:, :, first:end], keys, scale, first - start, window)
-            d = dout[first:end].transpose(0, 1).reshape(shared, -1, v.shape[-1])
-            dv[:, start:end].baddbmm_(p.transpose(1, 2), d)
-            dp = torch.bmm(d, values.transpose(1, 2))
+        for block in _blocks(ctx.lengths, window):
+            first, end, asked = block.first, block.end, slice(block.first, block.first + block.queries)
+            p = next(probabilities) if block.kept else block.probabilities(grouped, k, scale, window)
+            d = dout[asked].transpose(0, 1).reshape(shared, -1, v.shape[-1])
+            block.of(dv).baddbmm_(p.transpose(1, 2), d)
+            dp = torch.bmm(d, block.of(v).transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p·(dp - Σ p·dp)
-            dq[:, first:end] = torch.bmm(ds, keys).mul_(scale).view(heads, n, size)
-            queries = grouped[:, :, first:end].reshape(shared, -1, size)
-            dk[:, start:end].baddbmm_(ds.transpose(1, 2), queries, alpha=scale)
+            found = torch.bmm(ds, block.of(k)).mul_(scale).view(heads, block.queries, size)
+            dq[:, first:end] = found[:, : end - first]
+            queries = grouped[:, :, asked].reshape(shared, -1, size)
+            block.of(dk).baddbmm_(ds.transpose(1, 2), queries, alpha=scale)
         return dq, dk, dv, None, None, None

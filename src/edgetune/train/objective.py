@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edgetune.data.batch import IGNORED, Encoded, collate
-from edgetune.train import norm
+from edgetune.train import fused
 from edgetune.train.loss import LossHead, install
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # nats a token, of the mean loss
@@ -33,7 +33,7 @@ class Objective:
         self.pad_id, self.packed, self.smoothing = pad_id, packed, smoothing
         self.compute = None if compute is torch.float32 else compute
         self.head: LossHead | None = install(model, smoothing)
-        norm.install(model)
+        fused.install(model)
 
     def prove(self, model: Any, rows: Sequence[Encoded]) -> list[str]:
         """Compare with plain padded passes and whole logits; give up what does not agree.
