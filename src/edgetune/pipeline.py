@@ -129,8 +129,10 @@ class Pipeline:
     def _look_before(self, stages: Sequence[str]) -> None:
         """Refuse what is sure to fail later, before anything is fetched or written."""
         from edgetune.export.targets import load_target
+        from edgetune.train import trackers
 
         require_extra("train")
+        trackers.check(self.recipe.train.trackers)
         if "export" in stages:
             require_extra("export")
         load_target(self.recipe.export.target)

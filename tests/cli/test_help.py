@@ -12,7 +12,8 @@ import pytest
 from conftest import edgetune
 
 COMMANDS = [
-    *(["run"], ["train"], ["merge"], ["export"], ["verify"], ["bench"], ["chat"], ["generate"], ["serve"], ["doctor"]),
+    *(["run"], ["plan"], ["sweep"], ["train"], ["merge"], ["export"], ["verify"], ["bench"]),
+    *(["chat"], ["generate"], ["serve"], ["doctor"]),
     *(["recipes", name] for name in ("ls", "show", "cp", "schema")),
     ["data", "check"],
     *([group, name] for group in ("models", "runs") for name in ("ls", "show", "rm")),

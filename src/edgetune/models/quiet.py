@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from edgetune.progress import Task
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers without progress bars, load reports and warnings while the block runs."""
+    """Transformers and what it imports without progress bars, load reports and warnings while the block runs."""
+    import torch
     from transformers.utils import logging
 
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, says on stdout what it chose
+    getLogger("bitsandbytes").setLevel(ERROR)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
 from edgetune.train import distributed, method, shards
 
 _MARK = "complete.json"
+_SMALL = 50_000_000  # parameters of which a copy costs little
 
 
 class Checkpoints:
@@ -89,6 +92,15 @@ class Checkpoints:
         with staged_folder(self.best) as folder:
             method.save(model, folder, state=state)
             write_json(folder / "best.json", {"step": step, "loss": loss})
+            if sum(parameter.numel() for parameter in _trained(model).values()) <= _SMALL:
+                save_file(_trained(model), str(folder / "trained"))
+
+    def restore_best(self, model: Any) -> None:
+        """Give the model the best weights so far, where what is trained is small; else it keeps what it has."""
+        if (self.best / "trained").is_file():
+            found, here = load_file(str(self.best / "trained")), _trained(model)
+            for name, value in found.items():
+                here[name].copy_(value)
 
     @property
     def best(self) -> Path:
@@ -106,6 +118,10 @@ class Checkpoints:
     def _write_metrics(self) -> None:
         if self._writes:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+
+
+def _trained(model: Any) -> dict[str, Any]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _whole(path: Path) -> bool:

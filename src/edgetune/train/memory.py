@@ -50,8 +50,8 @@ def activations(objective: Objective, model: Any) -> Activations:
     for length in _PROBE:
         row = Encoded([1 + n % 100 for n in range(length)], [True] * length)
         found.append(_kept(objective, model, row))
-    always, a_token, a_pair = np.linalg.solve(np.vander(_PROBE, 3, increasing=True), found)
-    return Activations(max(always, 0.0), max(a_token, 0.0), max(a_pair, 0.0))
+    solved = np.linalg.solve(np.vander(_PROBE, 3, increasing=True), found)
+    return Activations(*(max(float(value), 0.0) for value in solved))
 
 
 def fit(section: TrainSection, objective: Objective, model: Any, longest: int) -> Fit:

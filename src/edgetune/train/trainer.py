@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,7 +120,7 @@ def train(
                 training.trainer.train(resume_from_checkpoint=str(kept.last) if kept.last else None)
             finally:
                 training.watch.close(*sys.exc_info())
-        training.watch.restore_best(training.trainer.model)
+        kept.restore_best(training.trainer.model)
         unread = kept.settle("answers_before", list)
         shown = samples.compare(job.tokenizer, prompts, unread, answers(training.trainer.model), job.stop_ids)
 
@@ -153,6 +154,8 @@ def train(
     method.publish(kept.best, adapter, base=job.base, tokenizer=job.tokenizer)
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
+    if (kept.folder / "tensorboard").is_dir():
+        shutil.copytree(kept.folder / "tensorboard", report / "tensorboard")
     write_json(report / "report.json", result)
     return result
 

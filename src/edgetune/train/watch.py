@@ -18,7 +18,6 @@ from edgetune.train.checkpoints import Checkpoints
 from edgetune.train.curves import spike
 
 _CHECKPOINT_EVERY_S = 300.0
-_SMALL = 50_000_000  # parameters of which a copy costs little
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ class Watcher(TrainerCallback):
         self._shown: Any = None
         self._bar: Any = None
         self.begin: Callable[[Any], None] | None = None  # what is done first, with the model in the engine's hands
-        self._best: list[Any] | None = None  # what is trained, at the best step
-        self._best_step = self._last_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.begin:
@@ -108,21 +105,11 @@ class Watcher(TrainerCallback):
             self._shown.__exit__(*error)
             self._shown = None
 
-    def restore_best(self, model: Any) -> None:
-        """Give the model its best weights back where they are at hand; else it keeps those of the last step."""
-        if self._best is not None and self._best_step != self._last_step:
-            for parameter, value in zip(_trained(model), self._best, strict=True):
-                parameter.data.copy_(value)
-
     def _validate(self, number: int, model: Any) -> None:
-        self._last_step = number
         found = self._score(model)
         earlier = [loss for at, loss in self._kept.validations() if at]
         if not earlier or found["loss"] < min(earlier):
             self._kept.keep_best(model, number, found["loss"])
-            self._best_step = number
-            if sum(p.numel() for p in _trained(model)) <= _SMALL:
-                self._best = [p.detach().clone() for p in _trained(model)]
         self._kept.record({"step": number, **{f"validation_{name}": value for name, value in found.items()}})
         self._bar.advance(0, f"validation loss {found['loss']:.3f}")
 
@@ -136,10 +123,6 @@ class Watcher(TrainerCallback):
             where=f"step {number}",
             fix="lower train.learning_rate, raise train.warmup, look at these rows, or set train.dtype=float32",
         )
-
-
-def _trained(model: Any) -> list[Any]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def stops(section: TrainSection, kept: Checkpoints) -> bool:
