@@ -92,15 +92,14 @@ class Checkpoints:
         with staged_folder(self.best) as folder:
             method.save(model, folder, state=state)
             write_json(folder / "best.json", {"step": step, "loss": loss})
-            if sum(parameter.numel() for parameter in _trained(model).values()) <= _SMALL:
-                save_file(_trained(model), str(folder / "trained"))
+            if shards.parameters(model, trained_only=True) <= _SMALL:
+                save_file(state or _trained(model), str(folder / "trained"))
 
     def restore_best(self, model: Any) -> None:
         """Give the model the best weights so far, where what is trained is small; else it keeps what it has."""
+        distributed.wait()  # for the first process, which writes it
         if (self.best / "trained").is_file():
-            found, here = load_file(str(self.best / "trained")), _trained(model)
-            for name, value in found.items():
-                here[name].copy_(value)
+            shards.put_weights(model, load_file(str(self.best / "trained")))
 
     @property
     def best(self) -> Path:

@@ -57,6 +57,30 @@ def _whole(p: Any) -> torch.Tensor:
     return p
 
 
+def put_weights(model: Any, whole: dict[str, torch.Tensor]) -> None:
+    """Give a model its trained weights by name, whoever holds them; what `whole_weights` gives, on every process."""
+    here = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in whole.items():
+            p: Any = here[name]
+            if hasattr(p, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                    if place().first:
+                        p.copy_(value)
+            elif hasattr(p, "full_tensor"):
+                p.copy_(_distributed(value, p))
+            else:
+                p.copy_(value)
+
+
+def _distributed(value: torch.Tensor, like: Any) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Put a checkpoint's weights on a model that the engine does not hold yet."""
     from safetensors.torch import load_file
@@ -151,15 +175,11 @@ def _set(p: Any, value: torch.Tensor, name: str) -> None:
 
 
 def _load_fsdp(optimizer: Any, whole: dict[str, Any]) -> None:
-    from torch.distributed.tensor import distribute_tensor
-
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for number, p in enumerate(parameters):
         state[number] = {
-            name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-            if torch.is_tensor(value) and value.shape == p.shape
-            else value
+            name: _distributed(value, p) if torch.is_tensor(value) and value.shape == p.shape else value
             for name, value in whole["state"][number].items()
         }
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
