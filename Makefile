@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all gpu-check lint clean
 
 help:
 	@echo "make demo      fine-tune, export, verify and benchmark a real model (4 to 6 minutes on 2 cores, once installed)"
 	@echo "make test      run the tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  run the slow tests, too"
+	@echo "make gpu-check run the tests that need a CUDA device, on a machine that has one"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv and caches (runs/ stays)"
 
@@ -29,10 +30,15 @@ demo: $(READY)
 	@echo "(edgetune lies in $(BIN): first \`. $(BIN)/activate\`, or type $(BIN)/edgetune)"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+# On a machine whose Python has a CUDA build of torch already: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:
+	$(GPU_PYTHON) -m pytest -m gpu --override-ini addopts="-v -ra --strict-markers"
 
 lint: $(READY)
 	$(BIN)/ruff check src tests

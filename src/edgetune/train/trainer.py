@@ -205,6 +205,7 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         rows=job.train,
         resumed=kept.last is not None,
     )
+    _onto_device(section, model)
     objective = _objective(section, job, model)
     fit = _fit(section, job, kept, objective, model)
 
@@ -234,6 +235,15 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     a_pass = steps_a_pass(lengths, section, job.seed)
     padding = 0.0 if objective.packed else _padding(steps[:a_pass], lengths, fit.pass_tokens)
     return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score)
+
+
+def _onto_device(section: TrainSection, model: Any) -> None:
+    """Put the model where it trains, so that what is proved and counted before is so there."""
+    import torch
+
+    whole = not distributed.divides_weights(section) and section.method != "qlora"  # those are put there by others
+    if torch.cuda.is_available() and whole:
+        model.to(torch.device("cuda", distributed.place().local_rank))
 
 
 def _fit(section: TrainSection, job: Job, kept: Checkpoints, objective: Objective, model: Any) -> memory.Fit:
