@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgetune.data.forms import FORMS, find_form, normalize
@@ -168,6 +168,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     values=st.dictionaries(st.sampled_from([k for row in EACH.values() for k in row]), JSON),
     form=st.sampled_from(FORMS),

@@ -11,13 +11,18 @@ import pytest
 from chat_templates import PHI, chat
 
 from conftest import write_jsonl
-from edgetune.data.batch import Encoded, collate, encode_file, load
+from edgetune.data.batch import Encoded, collate, encode_file
+from edgetune.data.batch import load as read_prepared
 from edgetune.data.prepare import Prepared, prepare
 from edgetune.data.render import Renderer
 from edgetune.errors import InputError
 from edgetune.recipe import DataSection
 
 STOP = {2}
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    return list(read_prepared(path))
 
 
 @pytest.fixture

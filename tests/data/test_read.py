@@ -62,6 +62,31 @@ def test_csv_with_a_very_long_cell(tmp_path: Path) -> None:
     assert len(rows_of(file)[0].values["text"]) == 200_000
 
 
+def test_csv_of_an_old_mac(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'a,b\r1,"x\ry"\r2,z')
+    assert rows_of(tmp_path / "a.csv") == [
+        Row({"a": "1", "b": "x\ry"}, "a.csv:2"),
+        Row({"a": "2", "b": "z"}, "a.csv:4"),
+    ]
+
+
+def test_csv_damage_far_from_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"a,b\n" + b"1,\xc3\xa9\n" * 30_000 + b"2,\xc3\n" + b"3,4\n")
+    problems = Problems()
+    rows = list(read(tmp_path / "a.csv", problems))
+    assert 0 < len(rows) <= 30_000
+    assert [(p.where, p.what) for p in problems.items] == [("a.csv:30002", "not UTF-8: byte 3 of the line is 0xc3")]
+
+
+def test_parquet_in_pieces(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    values = [{"n": n, "text": f"é{n}" * (n % 9)} for n in range(1000)]
+    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "a.parquet", row_group_size=300)
+    assert rows_of(tmp_path / "a.parquet") == [Row(v, f"a.parquet:row {i}") for i, v in enumerate(values, 1)]
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet

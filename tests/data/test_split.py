@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,27 @@ def test_another_seed_draws_other_rows() -> None:
 def test_too_few_rows(keys: list[int], words: str) -> None:
     with pytest.raises(InputError, match=words):
         split(keys, 0.5, 0)
+
+
+def plainly(keys: list[int], share: float, seed: int) -> list[bool]:
+    """The draw in lists and dictionaries: which rows it takes must never change for a seed."""
+    groups: dict[int, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    wanted = min(max(1, round(share * len(keys))), len(keys) - 1)
+    drawn = list(groups.values())
+    random.Random(seed).shuffle(drawn)
+    taken: list[int] = []
+    for rows in drawn:
+        taken += rows if len(taken) + len(rows) <= wanted else []
+    chosen = set(taken or min(drawn, key=len))
+    return [index in chosen for index in range(len(keys))]
+
+
+@given(keys=KEYS, share=SHARES, seed=st.integers(0, 2**31 - 1))
+def test_the_draw_is_the_one_that_it_always_was(keys: list[int], share: float, seed: int) -> None:
+    assert split(keys, share, seed) == plainly(keys, share, seed)
+    assert split([f"{key:016}".encode() for key in keys], share, seed) == plainly(keys, share, seed)
 
 
 def test_overlap_marks_training_rows() -> None:

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.data.cache import EncodedRows, Writer, find, key, locked
+from edgetune.data.fingerprint import fingerprint
+from edgetune.data.parallel import Encoder
 from edgetune.data.problems import RowProblem
 from edgetune.data.render import Encoded, Renderer, TrainOn, cut
 from edgetune.errors import InputError
+from edgetune.files import HashCache
 from edgetune.progress import task
 
-__all__ = ["IGNORED", "Encoded", "collate", "cut", "encode_file", "load"]
+__all__ = ["IGNORED", "Encoded", "EncodedRows", "collate", "cut", "encode_file", "load"]
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+_AGAIN = "`edgetune run RECIPE --from data` prepares the rows again"
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    """Read a prepared file: rows `{"messages": [...] or "text": "…", "where": "file:line"}`.
+def load(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a prepared file: rows `{"messages": [...] or "text": "…", "where": "file:line"}`, one at a time.
 
     Raises:
         InputError: the file is missing or broken.
     """
-    again = "`edgetune run RECIPE --from data` prepares the rows again"
     try:
         with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            for line in file:
+                yield json.loads(line)
     except FileNotFoundError as error:
-        raise InputError("no such file of prepared rows", where=path, fix=again) from error
+        raise InputError("no such file of prepared rows", where=path, fix=_AGAIN) from error
     except ValueError as error:
-        raise InputError(f"not a whole file of prepared rows ({error})", where=path, fix=again) from error
+        raise InputError(f"not a whole file of prepared rows ({error})", where=path, fix=_AGAIN) from error
 
 
 def encode_file(
-    path: Path, renderer: Renderer, train_on: TrainOn, max_length: int, limit: int | None = None
-) -> list[Encoded]:
-    """Encode a prepared file.
+    path: Path,
+    renderer: Renderer,
+    train_on: TrainOn,
+    max_length: int,
+    limit: int | None = None,
+    workers: int | None = None,
+) -> EncodedRows:
+    """The encoded rows of a prepared file: those that are kept, or else encoded now and kept.
 
     Args:
         path: `train.jsonl` or `validation.jsonl`, as `prepare` writes them.
@@ -44,19 +54,36 @@ def encode_file(
         train_on: where the loss falls.
         max_length: tokens a row; longer rows are cut at the end, as `prepare` has decided and checked.
         limit: how many rows; all when None.
+        workers: processes that encode; see `Encoder`.
 
     Raises:
-        InputError: a row that does not fit this tokenizer or its chat template, by name.
+        InputError: the file is missing or broken; a row that does not fit this tokenizer or its chat template, by name.
     """
-    rows, encoded = load(path)[:limit], []
-    with task(f"tokens of {path.name}", len(rows)) as shown:
-        for row in rows:
-            try:
-                encoded.append(cut(renderer.encode(row, train_on), max_length))
-            except RowProblem as problem:
-                raise InputError(problem.what, where=row.get("where", path), fix=problem.fix) from problem
+    if not path.is_file():
+        raise InputError("no such file of prepared rows", where=path, fix=_AGAIN)
+    hashes = HashCache()
+    name = key(hashes.file(path), fingerprint(renderer), train_on, max_length)
+    hashes.save()
+    with locked(name):
+        rows = find(name)
+        if rows is None:
+            with Encoder(renderer, train_on, max_length, workers) as encoder, Writer(encoder.token_bytes) as writer:
+                _encode(path, encoder, writer, limit)
+                rows = writer.keep(name if limit is None else None)  # a part is no entry
+    return rows[:limit]
+
+
+def _encode(path: Path, encoder: Encoder, writer: Writer, limit: int | None) -> None:
+    with path.open("rb") as file:
+        count = sum(1 for _ in file)
+    count = count if limit is None else min(count, limit)
+    rows = ((row, row.get("where", path)) for _, row in zip(range(count), load(path), strict=False))
+    with task(f"tokens of {path.name}", count) as shown:
+        for where, found in encoder.encode(rows, count):
+            if isinstance(found, RowProblem):
+                raise InputError(found.what, where=where, fix=found.fix)
+            writer.add(found)
             shown.advance()
-    return encoded
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:

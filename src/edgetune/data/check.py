@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from edgetune.data.examine import Examined, examine
+from edgetune.data.examine import Examined, examine, longest
+from edgetune.data.parallel import Encoder
 from edgetune.data.problems import Problem
 from edgetune.data.render import Renderer
 from edgetune.data.report import report
@@ -63,7 +65,11 @@ def check(section: DataSection, *, seed: int, model: ModelSection | None, base: 
         tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
         context, stops = context_length(path), set(stop_ids(path))
         renderer = Renderer(tokenizer, stops)
-    examined = examine(section, seed=seed, renderer=renderer, context=context)
+    with ExitStack() as stack:
+        encoder = None
+        if renderer is not None:
+            encoder = stack.enter_context(Encoder(renderer, section.train_on, longest(section, context)))
+        examined = examine(section, seed=seed, encoder=encoder)
     return Checked(
         examined.problems.items,
         examined.problems.count,
@@ -73,9 +79,9 @@ def check(section: DataSection, *, seed: int, model: ModelSection | None, base: 
 
 
 def _example(examined: Examined, section: DataSection, renderer: Renderer | None) -> list[tuple[str, bool]]:
-    if not examined.train:
+    values = examined.train.first()
+    if values is None:
         return []
-    values = examined.train[0].values
     if renderer is not None:
         return renderer.pieces(renderer.encode(values, section.train_on))
     if "text" in values:

@@ -1,38 +1,27 @@
-"""The data stage without its last step: read, check, normalize, encode, split. Nothing is written."""
+"""The data stage without its last step: read, check, normalize, encode, split. No row stays in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgetune.data.forms import find_form, normalize
 from edgetune.data.problems import Problems, RowProblem
-from edgetune.data.read import Row, names, read
+from edgetune.data.read import names
 from edgetune.data.render import Encoded, Renderer, TrainOn, cut
+from edgetune.data.source import Kept, Normal, Side, Source, key
 from edgetune.data.split import overlap, split
 from edgetune.errors import InputError
-from edgetune.files import digest
 from edgetune.progress import task
 from edgetune.recipe import AutoValidation, DataSection
 
+if TYPE_CHECKING:
+    from edgetune.data.cache import Writer
+    from edgetune.data.parallel import Encoder, Tokens
+
 _STEP = 64  # rows between two updates of the progress
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row that can be used: normalized, with its place and, where there is a tokenizer, its length.
-
-    `tokens` is the length before a cut; without a tokenizer, `tokens` and `learned` count characters.
-    """
-
-    values: dict[str, Any]
-    where: str
-    key: str
-    tokens: int = 0
-    learned: int = 0
 
 
 @dataclass
@@ -53,8 +42,8 @@ class Counts:
 class Examined:
     """The rows of both sides, and all that is wrong with the files."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Side
+    validation: Side
     counts: Counts
     problems: Problems
     limit: int | None
@@ -72,44 +61,58 @@ def validation_files(section: DataSection) -> list[Path]:
     return [Path(section.validation)] if isinstance(section.validation, str) else []
 
 
-def examine(section: DataSection, *, seed: int, renderer: Renderer | None, context: int | None) -> Examined:
+def examine(
+    section: DataSection,
+    *,
+    seed: int,
+    encoder: Encoder | None,
+    spools: Mapping[str, Writer] | None = None,
+) -> Examined:
     """Go through all rows.
 
     Args:
         section: the recipe's data section.
         seed: of the split.
-        renderer: None checks everything but tokens.
-        context: the model's context in tokens, the limit when `max_length` is not given.
+        encoder: for this section's `train_on` and the limit that `longest` gives; None checks everything but tokens.
+        spools: `train` and `validation`: where the tokens of the usable rows of these files go, in their order.
 
     Returns:
         the rows and the problems; problems are collected, not raised.
 
     Raises:
-        InputError: `max_length` exceeds the context; the chat template cannot be learned with.
+        InputError: no row can be learned with the chat template; a file changed while it was read.
     """
-    limit = _limit(section, context) if renderer is not None else None
+    import numpy as np
+
+    limit = encoder.limit if encoder else None
     counts, problems = Counts(), Problems()
     files, held, given = train_files(section), validation_files(section), section.validation
-    called = dict(zip([*files, *held], names([*files, *held]), strict=True))
-    train = _side("train", files, called, section, counts, problems)
-    validation: list[Example] = []
+    named = list(zip([*files, *held], names([*files, *held]), strict=True))
+    sources = {"train": Source(named[: len(files)])}
     if held:
-        validation = _side("validation", held, called, section, counts, problems)
-        if len({form == "text" for form in counts.forms.values()}) > 1:
-            fix = "use the same kind of rows on both sides"
-            problems.add(str(given), "training and validation rows differ: one is plain text, one is chat", fix)
-    if renderer is not None:
-        train = _measured("train", train, section, renderer, limit, counts, problems)
-        validation = _measured("validation", validation, section, renderer, limit, counts, problems)
+        sources["validation"] = Source(named[len(files) :])
+    for side, source in sources.items():
+        source.survey(side, section.form, problems)
+        for name, read in source.read.items():
+            counts.rows[name] = counts.rows.get(name, 0) + read
+        counts.forms |= {side: source.form} if source.form else {}
+    if len({form == "text" for form in counts.forms.values()}) > 1:
+        fix = "use the same kind of rows on both sides"
+        problems.add(str(given), "training and validation rows differ: one is plain text, one is chat", fix)
+    stage = _Stage(section, encoder, counts, problems)
+    kept = {side: stage.kept(side, source, (spools or {}).get(side)) for side, source in sources.items()}
+    rows = kept["train"]
     if isinstance(given, AutoValidation):
-        if train:
-            train, validation = _held_out(train, given.auto, seed, problems)
+        held_out = np.array(_held_out(rows, given.auto, seed, problems), bool)
+        train = Side.of(sources["train"], rows, ~held_out)
+        validation = Side.of(sources["train"], rows, held_out)
     else:
-        shared = overlap([row.key for row in train], [row.key for row in validation])
-        counts.overlap = sum(shared)
-        train = [row for row, drop in zip(train, shared, strict=True) if not drop]
+        validation = Side.of(sources["validation"], kept["validation"], np.ones(len(kept["validation"]), bool))
+        shared = np.array(overlap(rows.arrays()["keys"], validation.keys), bool)
+        counts.overlap = int(shared.sum())
+        train = Side.of(sources["train"], rows, ~shared)
     if not problems.count:
-        _nothing_left(train, validation, section, counts, problems)
+        _nothing_left(train, validation, counts, problems)
     problems.sort()
     return Examined(train, validation, counts, problems, limit)
 
@@ -120,15 +123,28 @@ def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int, ro
     Raises:
         InputError: all that is wrong with the rows.
     """
-    counts, problems = Counts(), Problems()
+    problems, found = Problems(), list[Encoded]()
     section = DataSection(train=str(path), train_on=train_on, too_long="truncate")
-    found = _side("held-out", [path], {path: path.name}, section, counts, problems)[:rows]
-    found = _measured("held-out", found, section, renderer, limit, counts, problems)
+    source = Source([(path, path.name)])
+    source.survey("held-out", section.form, problems)
+    for number, row in enumerate(source.normalized(problems=problems)):
+        if number >= rows:  # the others are only checked
+            continue
+        try:
+            encoded = renderer.encode(row.values, train_on)
+            short = cut(encoded, limit)
+            if len(encoded.ids) > limit:
+                _too_long(section, len(encoded.ids), sum(short.learned), limit)
+            found.append(short)
+        except RowProblem as problem:
+            problems.add(row.where, problem.what, problem.fix)
+    problems.sort()
     problems.raise_any()
-    return [cut(renderer.encode(row.values, train_on), limit) for row in found]
+    return found
 
 
-def _limit(section: DataSection, context: int | None) -> int | None:
+def longest(section: DataSection, context: int | None) -> int | None:
+    """Tokens a row may have. Raises InputError when `max_length` exceeds the model's context."""
     if context is not None and section.max_length is not None and section.max_length > context:
         raise InputError(
             f"max_length is {section.max_length:,} tokens, the model's context is {context:,}",
@@ -138,38 +154,50 @@ def _limit(section: DataSection, context: int | None) -> int | None:
     return section.max_length or context
 
 
-def _side(
-    side: str,
-    files: list[Path],
-    called: dict[Path, str],
-    section: DataSection,
-    counts: Counts,
-    problems: Problems,
-) -> list[Example]:
-    rows: list[Row] = []
-    with task(f"{side} rows") as shown:
-        for path in files:
-            name = called[path]
-            before = len(rows)
-            rows.extend(read(path, problems, name))
-            counts.rows[name] = counts.rows.get(name, 0) + len(rows) - before
-            shown.advance(note=f"{len(rows):,} rows")
-        form = None if not rows else find_form(rows, problems) if section.form == "auto" else section.form
-        if form is None:
-            return []
-        counts.forms[side] = form
-        return list(_normalized(rows, form, counts, problems))
+@dataclass
+class _Stage:
+    """Normalizes and encodes the rows of a source, one after the other."""
 
+    section: DataSection
+    encoder: Encoder | None
+    counts: Counts
+    problems: Problems
 
-def _normalized(rows: list[Row], form: str, counts: Counts, problems: Problems) -> Iterator[Example]:
-    for row in rows:
-        try:
-            values = normalize(row.values, form, counts.extra_keys)
-        except RowProblem as problem:
-            problems.add(row.where, problem.what, problem.fix)
-            continue
-        whole, learned = _characters(values)
-        yield Example(values, row.where, digest(values), whole, learned)
+    def kept(self, side: str, source: Source, spool: Writer | None) -> Kept:
+        """The rows that can be used; what is wrong with the others is noted."""
+        kept = Kept()
+        rows = source.normalized(self.counts.extra_keys, self.problems)
+        if self.encoder is None:
+            for row in rows:
+                kept.add(row.number, key(row.values), *_characters(row.values))
+        elif source.form is not None:
+            limit, before = self.encoder.limit, 0
+            with task(f"{side} tokens", source.count) as shown:
+                for row, found in self.encoder.encode(((row.values, row) for row in rows), source.count):
+                    try:
+                        self._add(kept, row, found, limit, spool)
+                    except RowProblem as problem:
+                        self.problems.add(row.where, problem.what, problem.fix)
+                    if row.number - before >= _STEP:
+                        shown.advance(row.number - before)
+                        before = row.number
+                shown.advance(source.count - before)
+        return kept
+
+    def _add(
+        self, kept: Kept, row: Normal, found: Tokens | RowProblem, limit: int | None, spool: Writer | None
+    ) -> None:
+        if isinstance(found, RowProblem):
+            raise found
+        self.counts.notes.update(found.notes)
+        if limit is not None and found.whole > limit:
+            self.counts.too_long += 1
+            _too_long(self.section, found.whole, found.learned_count, limit)
+            if self.section.too_long == "drop":
+                return
+        kept.add(row.number, key(row.values), found.whole, found.learned_count)
+        if spool is not None:
+            spool.add(found)
 
 
 def _characters(values: dict[str, Any]) -> tuple[int, int]:
@@ -177,38 +205,6 @@ def _characters(values: dict[str, Any]) -> tuple[int, int]:
         return len(values["text"]), len(values["text"])
     lengths = [(turn["role"], len(turn["content"])) for turn in values["messages"]]
     return sum(n for _, n in lengths), sum(n for role, n in lengths if role == "assistant")
-
-
-def _measured(
-    side: str,
-    rows: list[Example],
-    section: DataSection,
-    renderer: Renderer,
-    limit: int | None,
-    counts: Counts,
-    problems: Problems,
-) -> list[Example]:
-    """Encode each row; what cannot be is a problem, what is over the limit is treated as the recipe says."""
-    kept: list[Example] = []
-    if not rows:
-        return kept
-    with task(f"{side} tokens", len(rows)) as shown:
-        for number, row in enumerate(rows, 1):
-            try:
-                encoded = renderer.encode(row.values, section.train_on)
-                tokens, learned = len(encoded.ids), sum(encoded.learned)
-                counts.notes.update(encoded.notes)
-                if limit is not None and tokens > limit:
-                    counts.too_long += 1
-                    learned = sum(encoded.learned[:limit])
-                    _too_long(section, tokens, learned, limit)
-                if limit is None or tokens <= limit or section.too_long != "drop":
-                    kept.append(replace(row, tokens=tokens, learned=learned))
-            except RowProblem as problem:
-                problems.add(row.where, problem.what, problem.fix)
-            if number % _STEP == 0 or number == len(rows):
-                shown.advance(number % _STEP or _STEP)
-    return kept
 
 
 def _too_long(section: DataSection, tokens: int, learned: int, limit: int) -> None:
@@ -225,23 +221,21 @@ def _too_long(section: DataSection, tokens: int, learned: int, limit: int) -> No
         )
 
 
-def _held_out(rows: list[Example], share: float, seed: int, problems: Problems) -> tuple[list[Example], list[Example]]:
+def _held_out(rows: Kept, share: float, seed: int, problems: Problems) -> list[bool]:
+    nothing = [False] * len(rows)
+    if not len(rows):
+        return nothing
     try:
-        held_out = split([row.key for row in rows], share, seed)
+        return split(rows.arrays()["keys"], share, seed)
     except InputError as error:
         if not problems.count:  # rows that are missing because they are wrong have been named already
             problems.add(error.where, error.what, error.fix or "")
-        return rows, []
-    return [r for r, held in zip(rows, held_out, strict=True) if not held], [
-        r for r, held in zip(rows, held_out, strict=True) if held
-    ]
+        return nothing
 
 
-def _nothing_left(
-    train: list[Example], validation: list[Example], section: DataSection, counts: Counts, problems: Problems
-) -> None:
+def _nothing_left(train: Side, validation: Side, counts: Counts, problems: Problems) -> None:
     for side, rows in (("train", train), ("validation", validation)):
-        if rows:
+        if len(rows):
             continue
         if counts.overlap and side == "train":
             what, fix = (
@@ -254,3 +248,17 @@ def _nothing_left(
                 "raise data.max_length, or truncate the rows",
             )
         problems.add(f"data.{side}", what, fix)
+
+
+def outlets(sides: Mapping[Path, Side]) -> Iterator[tuple[Path, Normal]]:
+    """The rows of the sides, each source read once: the path of the row's side, and the row."""
+    import numpy as np
+
+    for source in {id(side.source): side.source for side in sides.values()}.values():
+        mine = [(path, side) for path, side in sides.items() if side.source is source]
+        goes = np.full(source.count, -1, np.int8)
+        for number, (_, side) in enumerate(mine):
+            goes[side.numbers] = number
+        for row in source.normalized():
+            if goes[row.number] >= 0:
+                yield mine[goes[row.number]][0], row

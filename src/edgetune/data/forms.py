@@ -8,7 +8,8 @@ rendered with the model's own template later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.data.problems import Problems, RowProblem, kind, quoted
@@ -35,51 +36,65 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+_PLACES = 3  # rows of each form that are named where forms are mixed
 _KNOWN = "; ".join(f"{form}: {', '.join(keys)}" for form, (keys, _) in _KEYS.items())
 
 
-def find_form(rows: Sequence[Row], problems: Problems) -> str | None:
-    """Tell the form from all rows.
+@dataclass
+class _Fitting:
+    """Rows that fit the same forms."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # where the first three stand
+
+
+def find_form(rows: Iterable[Row], problems: Problems) -> str | None:
+    """Tell the form from all rows, of which none is kept.
 
     Returns the one form that the rows fit; single rows that lack its keys are named when they are
     normalized. None with the reason added to `problems`: rows of several forms (rows of each are named), rows
     that all fit several forms, or none that fits any.
     """
-    found = [(row, _forms_of(row.values)) for row in rows]
-    known = [(row, forms) for row, forms in found if forms]
-    common = set.intersection(*(forms for _, forms in known)) if known else set()
+    known: dict[frozenset[str], _Fitting] = {}
+    unknown = Problems()
+    for row in rows:
+        if forms := _forms_of(row.values):
+            fitting = known.setdefault(forms, _Fitting())
+            fitting.count += 1
+            if len(fitting.first) < _PLACES:
+                fitting.first.append(row.where)
+        else:
+            what = f"the row is of no known form (its keys: {_some_keys(row.values)})"
+            unknown.add(row.where, what, f"the forms are {_KNOWN}")
+    common = frozenset.intersection(*known) if known else frozenset()
     if len(common) == 1:
-        return common.pop()
+        return next(iter(common))
     if common:
         what = f"the rows fit several forms: {', '.join(sorted(common))}"
-        problems.add(known[0][0].where, what, "say which one is meant: data.form (`--form` of data check)")
+        where = next(iter(known.values())).first[0]
+        problems.add(where, what, "say which one is meant: data.form (`--form` of data check)")
     elif known:
-        what = f"rows of several forms: {_of_each(known)}"
-        problems.add(known[0][0].where, what, "bring all rows into one form")
-    for row, forms in found:
-        if not forms:
-            what = f"the row is of no known form (its keys: {_some_keys(row.values)})"
-            problems.add(row.where, what, f"the forms are {_KNOWN}")
+        where = next(iter(known.values())).first[0]
+        problems.add(where, f"rows of several forms: {_of_each(known)}", "bring all rows into one form")
+    problems.extend(unknown)
     return None
 
 
-def _forms_of(values: dict[str, Any]) -> set[str]:
+def _forms_of(values: dict[str, Any]) -> frozenset[str]:
     # null counts as absent: in a table every row has every column
-    return {form for form, (keys, _) in _KEYS.items() if all(values.get(key) is not None for key in keys)}
+    return frozenset(form for form, (keys, _) in _KEYS.items() if all(values.get(key) is not None for key in keys))
 
 
 def _some_keys(values: dict[str, Any]) -> str:
     return ", ".join(quoted(str(key), 30) for key in list(values)[:6]) or "none"
 
 
-def _of_each(found: Iterable[tuple[Row, set[str]]]) -> str:
-    places: dict[str, list[str]] = {}
-    for row, forms in found:
-        places.setdefault(" or ".join(sorted(forms)), []).append(row.where)
+def _of_each(known: Mapping[frozenset[str], _Fitting]) -> str:
     shown = []
-    for form, wheres in sorted(places.items()):
-        rest = f" and {len(wheres) - 3:,} more" if len(wheres) > 3 else ""
-        shown.append(f"{form} in {', '.join(wheres[:3])}{rest}")
+    named = {" or ".join(sorted(forms)): found for forms, found in known.items()}
+    for form, found in sorted(named.items()):
+        rest = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
+        shown.append(f"{form} in {', '.join(found.first)}{rest}")
     return "; ".join(shown)
 
 

@@ -22,6 +22,9 @@ class RowProblem(Exception):
         self.what, self.fix = what, fix
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[type[RowProblem], tuple[str, str]]:
+        return type(self), (self.what, self.fix)  # so that it can come from another process
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -48,6 +51,11 @@ class Problems:
         self.count += 1
         if len(self.items) < _KEPT:
             self.items.append(Problem(str(where), what, fix))
+
+    def extend(self, other: Problems) -> None:
+        """Note all problems of `other` after these."""
+        self.count += other.count
+        self.items += other.items[: _KEPT - len(self.items)]
 
     def sort(self) -> None:
         """Bring them into the files' own order; they are found in several passes."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgetune.data.problems import Problems, kind, quoted
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 _BOM = b"\xef\xbb\xbf"
 _KINDS = ".jsonl, .json, .csv or .parquet"
 _SAVE_UTF8 = "save the file as UTF-8"
+_PARQUET_ROWS = 256  # rows that are taken from a Parquet file at once
+_PARQUET_BUFFER = 1 << 20  # bytes of a Parquet column that are read at once; else it is the whole row group
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ def read(path: Path, problems: Problems, name: str | None = None) -> Iterator[Ro
         name: what the file is called in `where`; its own name when not given.
 
     Yields:
-        the rows that could be read, in order. JSONL and Parquet are streamed.
+        the rows that could be read, in order. A .json file is read whole; of the others, a row or a batch of rows
+        is in memory at a time.
     """
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
@@ -139,11 +144,20 @@ def _constant_in(value: object) -> str | None:
 
 
 def _csv(path: Path, name: str, problems: Problems) -> Iterator[Row]:
-    text = _text(path, name, problems)
-    if text is None:
-        return
     csv.field_size_limit(2**31 - 1)  # the default refuses long answers; larger does not fit C's long on Windows
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    with path.open("rb") as file:
+        if _is_utf16(file.read(2)):
+            problems.add(path, "is UTF-16, not UTF-8", _SAVE_UTF8)
+            return
+    with path.open(encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            yield from _csv_rows(reader, name, problems)
+        except UnicodeDecodeError:
+            _name_bad_byte(path, name, problems)
+
+
+def _csv_rows(reader: Reader, name: str, problems: Problems) -> Iterator[Row]:
     header: list[str] | None = None
     while True:
         where = f"{name}:{reader.line_num + 1}"
@@ -167,6 +181,19 @@ def _csv(path: Path, name: str, problems: Problems) -> Iterator[Row]:
             yield Row(dict(zip(header, cells, strict=True)), where)
 
 
+def _name_bad_byte(path: Path, name: str, problems: Problems) -> None:
+    """Say where in a file the first byte stands that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(_BOM) if number == 1 else line
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
+                problems.add(f"{name}:{number}", what, _SAVE_UTF8)
+                return
+
+
 def _good_header(header: list[str], where: str, problems: Problems) -> bool:
     twice = [cell for cell in dict.fromkeys(header) if header.count(cell) > 1]
     if twice:
@@ -188,8 +215,8 @@ def _parquet(path: Path, name: str, problems: Problems) -> Iterator[Row]:
         return
     try:
         number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+        with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{name}:row {number}")
@@ -206,11 +233,8 @@ def _text(path: Path, name: str, problems: Problems) -> str | None:
         return None
     try:
         return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line_start = data.rfind(b"\n", 0, error.start) + 1
-        line = data.count(b"\n", 0, error.start) + 1
-        what = f"not UTF-8: byte {error.start - line_start + 1} of the line is 0x{data[error.start]:02x}"
-        problems.add(f"{name}:{line}", what, _SAVE_UTF8)
+    except UnicodeDecodeError:
+        _name_bad_byte(path, name, problems)
         return None
 
 

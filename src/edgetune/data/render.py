@@ -81,11 +81,11 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int] | None = None) -> None:
-        self._tokenizer: Any = tokenizer
-        self._stop_ids = stop_ids or set()
-        self._added = {int(i): token for i, token in self._tokenizer.added_tokens_decoder.items()}
+        self.tokenizer: Any = tokenizer
+        self.stop_ids = stop_ids or set()
+        self._added = {int(i): token for i, token in self.tokenizer.added_tokens_decoder.items()}
         self._special = {i: token.content for i, token in self._added.items() if token.special}
-        ends = {*self._stop_ids, self._tokenizer.eos_token_id} & self._added.keys()
+        ends = {*self.stop_ids, self.tokenizer.eos_token_id} & self._added.keys()
         self._special.update({i: self._added[i].content for i in ends})
         by_length = sorted(self._special.values(), key=len, reverse=True)
         self._rendered: dict[str, bool] = {}
@@ -108,6 +108,11 @@ class Renderer:
         """
         return self._text(row["text"]) if "text" in row else self._chat(row["messages"], train_on)
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """One more than the largest token id."""
+        return max([*self.tokenizer.get_vocab().values(), *self._added], default=0) + 1
+
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The text that the runtime sends to get an answer to `messages`. Raises RowProblem."""
         return self._render(messages, ask=True)
@@ -125,7 +130,7 @@ class Renderer:
     @cached_property
     def turn(self) -> Turn:
         """How the template renders an answer. Raises InputError where no answer can be learned with it."""
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise InputError(
                 "the model has no chat template",
                 where="model.id",
@@ -150,8 +155,8 @@ class Renderer:
         _bad_template(f"ends an answer with {quoted(tail)}, which is no special token: the model would never stop")
 
     def _text(self, text: str) -> Encoded:
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
-        eos = self._tokenizer.eos_token_id
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         note = self._prove(self._ids(text), 0, text, "text")
@@ -168,14 +173,14 @@ class Renderer:
             answers = answers[-1:]
         spans = [self._answer(messages, i, whole, turn) for i in answers]
         ids = self._ids(whole[: spans[-1][1]])
-        bos = self._tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowProblem(f"the row begins with {self._special.get(bos, bos)} twice", _CHANGE_ROW)
         learned = [False] * len(ids)
         notes: set[str] = set()
         for number, (start, end) in zip(answers, spans, strict=True):
             first = self._boundary(ids, whole[:start], number + 1)
-            last = self._boundary(ids, whole[:end], number + 1)
+            last = len(ids) if end == spans[-1][1] else self._boundary(ids, whole[:end], number + 1)
             notes |= self._prove(ids[:last], first, whole[start:end], f"answer (turn {number + 1})")
             if ids[last - 1] != turn.stop_id or turn.stop_id in ids[first : last - 1]:
                 raise RowProblem(f"turn {number + 1} does not end with its first {turn.stop}", _CHANGE_ROW)
@@ -212,7 +217,7 @@ class Renderer:
         import jinja2
 
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
         except (
             jinja2.TemplateError,
             ArithmeticError,
@@ -226,7 +231,7 @@ class Renderer:
 
     def _ids(self, text: str) -> list[int]:
         # the template has written the special tokens, so the tokenizer must not add its own
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _boundary(self, ids: list[int], text: str, number: int) -> int:
         """How many of the row's tokens `text`, its beginning, makes up when it is tokenized alone."""
@@ -257,7 +262,7 @@ class Renderer:
             lost = lost.removesuffix(stop).rstrip() + stop
         if lost in found:
             return {SPACE_LOST}
-        if getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None) is not None:
+        if getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None) is not None:
             for form in ("NFC", "NFKC"):
                 if unicodedata.normalize(form, lost) in found:
                     return {NORMALIZED} | ({SPACE_LOST} if lost != text else set())
@@ -271,7 +276,7 @@ class Renderer:
         return token in self._added and bool(getattr(self._added[token], side))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _check_nothing_left_out(self, messages: list[dict[str, str]], whole: str) -> None:
         for number, message in enumerate(messages, 1):

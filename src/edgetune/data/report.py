@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.examine import Examined
 from edgetune.data.render import NO_OPENING, NORMALIZED, SPACE_LOST, SPECIAL_IN_TEXT, Renderer
 from edgetune.recipe import DataSection
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _BARS = 12
 _ADVICE = {
@@ -30,24 +31,29 @@ def report(
         max, before cutting); `histogram` of all rows ([from, to) and rows); `too_long`; `duplicates`;
         `overlap`; `extra_keys`; `turn`: how the template ends an answer; `warnings`; `settings`.
     """
+    import numpy as np
+
     sides = {"train": examined.train, "validation": examined.validation}
     counts, limit = examined.counts, examined.limit
-    rows = [row for side in sides.values() for row in side]
+    lengths = np.concatenate([side.tokens for side in sides.values()])
     return {
         "unit": "tokens" if renderer else "characters",
         "form": counts.forms,
         "rows": {"read": counts.rows, **{side: len(part) for side, part in sides.items()}},
-        "tokens": {side: sum(min(row.tokens, limit or row.tokens) for row in part) for side, part in sides.items()},
-        "learned": {side: sum(row.learned for row in part) for side, part in sides.items()},
-        "length": {side: _length([row.tokens for row in part]) for side, part in sides.items() if part},
-        "histogram": _histogram([row.tokens for row in rows]),
+        "tokens": {
+            side: int((part.tokens if limit is None else np.minimum(part.tokens, limit)).sum())
+            for side, part in sides.items()
+        },
+        "learned": {side: int(part.learned.sum()) for side, part in sides.items()},
+        "length": {side: _length(part.tokens) for side, part in sides.items() if len(part)},
+        "histogram": _histogram(lengths),
         "too_long": {
             "limit": limit,
             "rows": counts.too_long,
             "truncated": counts.too_long if section.too_long == "truncate" else 0,
             "dropped": counts.too_long if section.too_long == "drop" else 0,
         },
-        "duplicates": {side: len(part) - len({row.key for row in part}) for side, part in sides.items()},
+        "duplicates": {side: len(part) - len(np.unique(part.keys)) for side, part in sides.items()},
         "overlap": counts.overlap,
         "extra_keys": dict(counts.extra_keys.most_common()),
         "turn": _turn(examined, renderer),
@@ -64,28 +70,33 @@ def report(
     }
 
 
-def _length(lengths: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(lengths)
+def _length(lengths: np.ndarray) -> dict[str, float]:
+    import numpy as np
+
+    ordered = np.sort(lengths)
 
     def quantile(share: float) -> int:
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return int(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
 
-    mean = round(sum(ordered) / len(ordered), 1)
-    return {"min": ordered[0], "mean": mean, "p50": quantile(0.5), "p95": quantile(0.95), "max": ordered[-1]}
+    mean = round(int(ordered.sum()) / len(ordered), 1)
+    return {"min": int(ordered[0]), "mean": mean, "p50": quantile(0.5), "p95": quantile(0.95), "max": int(ordered[-1])}
 
 
-def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """At most twelve bars, each a power of two wide; the last also takes the longest 1 % of the rows."""
-    if not lengths:
+    import numpy as np
+
+    if not len(lengths):
         return []
-    ordered, width = sorted(lengths), 1
-    nearly_all = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    ordered, width = np.sort(lengths), 1
+    nearly_all = int(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
     while nearly_all // width >= _BARS:
         width *= 2
     last = nearly_all // width
-    bars = Counter(min(length // width, last) for length in ordered)
-    shown = [{"from": i * width, "to": (i + 1) * width, "rows": bars[i]} for i in range(min(bars), last + 1)]
-    shown[-1]["to"] = max(shown[-1]["to"], ordered[-1] + 1)
+    bars = np.bincount(np.minimum(ordered // width, last)).tolist()
+    first = int(ordered[0]) // width
+    shown = [{"from": i * width, "to": (i + 1) * width, "rows": bars[i]} for i in range(first, last + 1)]
+    shown[-1]["to"] = max(shown[-1]["to"], int(ordered[-1]) + 1)
     return shown
 
 
