@@ -1,0 +1,324 @@
+"""Several processes against one: the same losses, a whole adapter, an end without a hang, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import edgetune, write_jsonl
+from edgetune.errors import EdgetuneError, InputError
+from edgetune.recipe import TrainSection
+from edgetune.train import crew
+from edgetune.train.crew import Crew, Host
+from edgetune.train.distributed import Place, check
+
+ENGINES = {
+    "ddp": {},
+    "zero1": {"engine": "deepspeed", "zero_stage": 1},
+    "zero2": {"engine": "deepspeed", "zero_stage": 2},
+    "zero3": {"engine": "deepspeed", "zero_stage": 3},
+    "fsdp": {"engine": "fsdp"},
+}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with a recipe and rows of many lengths."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n} plus {n}? " * (1 + n % 3)},
+                {"role": "assistant", "content": f"It is {2 * n}. " * (1 + n % 4)},
+            ]
+        }
+        for n in range(20)
+    ]
+    write_jsonl(folder / "rows.jsonl", rows)
+    recipe = {
+        "model": {"id": str(tiny_model)},
+        "data": {"train": "rows.jsonl"},
+        "train": {
+            "rank": 4,
+            "batch_size": 6,
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "lora_plus_ratio": 2.0,
+            "evaluations": 3,
+            "samples": 1,
+            "sample_tokens": 3,
+            "pass_tokens": 64,
+            "dtype": "float32",
+            "threads": 1,
+        },
+    }
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+def _train(place: Path, name: str, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    home = {"EDGETUNE_HOME": str(place / "home"), **(env or {})}
+    return edgetune("train", "r.yaml", f"name={name}", *args, cwd=place, env=home)
+
+
+def _engine(name: str) -> list[str]:
+    return [f"train.distributed.{key}={value}" for key, value in ENGINES[name].items()]
+
+
+def _metrics(place: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "runs" / name / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> list[dict[str, Any]]:
+    """What one process measures."""
+    done = _train(place, "alone")
+    assert done.returncode == 0, done.stderr
+    return _metrics(place, "alone")
+
+
+def _same(place: Path, name: str, alone: list[dict[str, Any]]) -> None:
+    found = _metrics(place, name)
+    assert [row["step"] for row in found] == [row["step"] for row in alone]
+    for one, other in zip(alone, found, strict=True):
+        for key in ("loss", "grad_norm", "validation_loss", "validation_tokens", "learning_rate", "tokens"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=2e-5, abs=2e-5), (one["step"], key)
+    wanted = load_file(place / "runs" / "alone" / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert adapter[key].shape == value.shape
+        assert (adapter[key] - value).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.slow), "ddp", "zero2", "zero3", "fsdp"])
+def test_two_processes_learn_what_one_does(place: Path, alone: list[dict[str, Any]], engine: str) -> None:
+    if "zero" in engine:
+        pytest.importorskip("deepspeed")
+    done = _train(place, engine, *_engine(engine), "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    _same(place, engine, alone)
+    reports = [json.loads((place / "runs" / n / "train" / "report.json").read_text()) for n in ("alone", engine)]
+    assert [report["processes"] for report in reports] == [1, 2]
+    for key in ("parameters", "trainable_parameters", "tokens", "learned_tokens", "steps", "samples"):
+        assert reports[0][key] == reports[1][key], key
+    assert not (place / "runs" / engine / ".processes").exists()
+    assert done.stderr.count("train …") == 1  # only the first speaks
+    assert "Traceback" not in done.stderr
+
+
+def _interrupt(place: Path, name: str, *args: str) -> tuple[int, str]:
+    """Train with two processes, and kill one of them once there is a whole checkpoint."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgetune", "train", "r.yaml", f"name={name}", *args, "--nproc", "2"],
+        cwd=place,
+        env={**os.environ, "EDGETUNE_HOME": str(place / "home")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as leader:
+        checkpoints = place / "runs" / name / "checkpoints"
+        deadline = time.monotonic() + 300
+        while not list(checkpoints.glob("checkpoint-*/complete.json")) and leader.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(_workers(leader.pid)[-1], signal.SIGKILL)
+        said = leader.communicate(timeout=300)[1]
+    return leader.returncode, said
+
+
+def _workers(parent: int) -> list[int]:
+    import psutil
+
+    return sorted(child.pid for child in psutil.Process(parent).children() if "worker" in " ".join(child.cmdline()))
+
+
+def _goes_on(place: Path, engine: str, processes: int) -> None:
+    many = ["train.max_steps=40", "train.evaluations=20", "train.samples=0"]
+    code, said = _interrupt(place, f"{engine}-killed", *many, *_engine(engine))
+    assert code == 1
+    assert re.search(r"error: train: process [01] of 2 was ended by SIGKILL", said)
+    assert "Traceback" not in said
+    done = _train(place, f"{engine}-killed", *many, *_engine(engine), "--resume", "--nproc", str(processes))
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stderr
+    whole = _train(place, "whole", *many)
+    assert whole.returncode == 0, whole.stderr
+    wanted = {row["step"]: row["loss"] for row in _metrics(place, "whole") if "loss" in row}
+    for row in _metrics(place, f"{engine}-killed"):
+        if "loss" in row and row["step"] <= 16:  # rounding grows with every step
+            assert row["loss"] == pytest.approx(wanted[row["step"]], abs=1e-4), row["step"]
+
+
+def test_a_killed_process_ends_the_run_and_others_go_on(place: Path) -> None:
+    pytest.importorskip("deepspeed")
+    _goes_on(place, "zero3", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "zero3"])
+def test_each_engine_goes_on_with_three_processes(place: Path, engine: str) -> None:
+    if "zero" in engine:
+        pytest.importorskip("deepspeed")
+    _goes_on(place, engine, 3)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_the_commands_error(place: Path) -> None:
+    done = _train(place, "wrong", "train.target_modules=[no_proj]", "--nproc", "2")
+    assert done.returncode == 2
+    assert "train.target_modules: the model has no layer no_proj" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_whole_models_divided(place: Path) -> None:
+    pytest.importorskip("deepspeed")
+    args = ["train.method=full", "train.lora_plus_ratio=null", "train.learning_rate=1e-3"]
+    losses = []
+    for name, more in (("full", []), ("full-zero3", _engine("zero3")), ("full-fsdp", _engine("fsdp"))):
+        done = _train(place, name, *args, *more, *(["--nproc", "2"] if more else []))
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in _metrics(place, name) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_three_divided_parts_merge(place: Path) -> None:
+    pytest.importorskip("deepspeed")
+    assert _train(place, "merges", *_engine("zero3"), "--nproc", "3").returncode == 0
+    home = {"EDGETUNE_HOME": str(place / "home")}
+    done = edgetune("run", "r.yaml", "name=merges", *_engine("zero3"), "--until", "merge", cwd=place, env=home)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_machines_of_a_host_file_are_started_through_ssh(place: Path, alone: list[dict[str, Any]]) -> None:
+    tools = place / "tools"
+    tools.mkdir()
+    ssh = tools / "ssh"  # the other machine is this one
+    ssh.write_text('#!/bin/sh\nwhile [ "$1" != other ]; do shift; done\nshift\nexec sh -c "$*"\n')
+    ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
+    (place / "hosts.txt").write_text("localhost slots=1 # this one\nother slots=1\n")
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())}
+    done = _train(place, "machines", "--hostfile", "hosts.txt", env=env)
+    assert done.returncode == 0, done.stderr
+    _same(place, "machines", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["machines", "scheduler"])
+def test_processes_that_others_started_meet(place: Path, alone: list[dict[str, Any]], how: str) -> None:
+    port = str(_port())
+    started = []
+    for number in range(2):
+        env = {**os.environ, "EDGETUNE_HOME": str(place / "home"), "MASTER_PORT": port}
+        if how == "machines":
+            env |= {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1"}
+        else:
+            env |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+            env |= {"SLURM_STEP_NODELIST": "localhost"}
+        command = [sys.executable, "-m", "edgetune", "train", "r.yaml", f"name={how}"]
+        command += ["--nproc", "1"] if how == "machines" else []
+        started.append(subprocess.Popen(command, cwd=place, env=env, stderr=subprocess.PIPE, text=True))
+    said = [one.communicate(timeout=300)[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0], said
+    _same(place, how, alone)
+
+
+def _port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1]) - 2
+
+
+def test_who_trains_is_read_from_the_environment() -> None:
+    section = TrainSection()
+    assert crew.find(section, None, None, {}) is None
+    assert crew.find(section, 3, None, {}) == Crew((Host("localhost", 3),))
+    tasks = {
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "12",
+    }
+    found = crew.find(section, None, None, tasks)
+    assert found is not None and found.place == Place(5, 1, 8)
+    assert (found.address, found.local, found.leads, found.size) == ("gpu07", 4, False, 8)
+    # the script of a job, outside of srun, is no task of it
+    assert crew.find(section, None, None, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
+    machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}
+    found = crew.find(section, 2, None, machine)
+    assert found is not None and (found.size, found.leads, found.local) == (4, False, 2)
+    assert [crew.first_host(nodes) for nodes in ("a", "a,b", "n[1,3]", "x-[010-12,14],y")] == ["a", "a", "n1", "x-010"]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "environment", "said"),
+    [
+        (0, {}, "--nproc is 0"),
+        (2, {"NNODES": "2"}, "no address"),
+        (2, {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be 0 to 1"),
+        (2, {"NNODES": "two"}, "`two` is no number"),
+        (2, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "started already"),
+        (None, {"WORLD_SIZE": "2", "RANK": "0"}, "no address"),
+    ],
+)
+def test_who_cannot_train_is_told_why(nproc: int | None, environment: dict[str, str], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        crew.find(TrainSection(), nproc, None, environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("a slots=2\nb slots=x\n", ":2", "`b slots=x` is no host"),
+        ("a slots=0\n", ":1", "no host"),
+        ("a\n\na slots=2 # again\n", ":3", "there twice"),
+        ("# nothing\n", "hosts", "names no host"),
+    ],
+)
+def test_broken_host_files_are_explained(tmp_path: Path, text: str, place: str, said: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said) as error:
+        crew.read_hostfile(path)
+    assert error.value.where is not None and error.value.where.endswith(place)
+
+
+def test_host_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two\nnode-1 slots=4\n10.0.0.2   slots = 2 # small\nc\n")
+    assert crew.read_hostfile(tmp_path / "hosts") == (Host("node-1", 4), Host("10.0.0.2", 2), Host("c", 1))
+    with pytest.raises(EdgetuneError, match="cannot be read"):
+        crew.read_hostfile(tmp_path / "none")
+
+
+def test_more_processes_than_rows_are_refused() -> None:
+    check(TrainSection(batch_size=2), 2)
+    with pytest.raises(InputError, match="3 processes would share a step of 2 rows"):
+        check(TrainSection(batch_size=2), 3)
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    section = TrainSection.model_validate({"distributed": {"engine": "deepspeed"}})
+    with pytest.raises(InputError, match=r"edgetune\[deepspeed\]"):
+        check(section, 2)
