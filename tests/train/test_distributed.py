@@ -215,9 +215,9 @@ def test_machines_of_a_host_file_are_started_through_ssh(place: Path, alone: lis
     ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
     (place / "hosts.txt").write_text("localhost slots=1 # this one\nother slots=1\n")
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())}
-    done = _train(place, "machines", "--hostfile", "hosts.txt", env=env)
+    done = _train(place, "by-ssh", "--hostfile", "hosts.txt", env=env)
     assert done.returncode == 0, done.stderr
-    _same(place, "machines", alone)
+    _same(place, "by-ssh", alone)
 
 
 @pytest.mark.slow

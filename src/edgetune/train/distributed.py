@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from edgetune.data.render import Encoded
-from edgetune.errors import InputError
+from edgetune.errors import EdgetuneError, InputError
 from edgetune.recipe import TrainSection
 
 T = TypeVar("T")
@@ -61,6 +61,10 @@ def join(found: Place, engine: str, store: Any = None) -> None:
     global _place
     import torch
 
+    # accelerate and DeepSpeed look here; torchrun has set them, SLURM has other names.
+    os.environ |= {"RANK": str(found.rank), "LOCAL_RANK": str(found.local_rank), "WORLD_SIZE": str(found.size)}
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
     if engine == "deepspeed" and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "gloo"
@@ -213,7 +217,17 @@ def training_arguments(section: TrainSection, model: Any) -> dict[str, Any]:
 
 
 def fsdp_on_cpu(trainer: Any) -> None:
-    """Have accelerate use FSDP where it was asked for: without a GPU it falls back to DDP, and does not say so."""
+    """Have accelerate use FSDP where it was asked for: without a GPU it falls back to DDP, and does not say so.
+
+    Raises:
+        EdgetuneError: accelerate counts other processes than there are, so that each would learn by itself.
+    """
+    if trainer.accelerator.num_processes != _place.size:
+        raise EdgetuneError(
+            f"accelerate knows of {trainer.accelerator.num_processes} processes, there are {_place.size}",
+            where="train.distributed",
+            fix="start them with edgetune train --nproc, torchrun or srun",
+        )
     if trainer.args.fsdp_plugin_args is None or trainer.accelerator.state.distributed_type.value == "FSDP":
         return
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin

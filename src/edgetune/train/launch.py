@@ -40,8 +40,7 @@ def leading(crew: Crew | None) -> Iterator[None]:
         yield
         if not _store.check([_KEY]):
             _store.set(_KEY, json.dumps(None))
-        if crew.place:
-            _leave(crew)
+        _leave(crew, _store)
     finally:
         _store = None
 
@@ -52,27 +51,34 @@ def follow(crew: Crew, threads: int | None) -> None:
     Raises:
         EdgetuneError: the leader is gone, or the training failed.
     """
-    import torch
-
     from edgetune.train import worker
 
     store = _meet(crew)
+    try:
+        assignment = _assigned(store)
+        if assignment is None:
+            return
+        if crew.place:
+            worker.take_part(assignment, crew.place, store)
+        else:
+            _agent(crew, assignment, threads)
+    finally:
+        _leave(crew, store)
+
+
+def _assigned(store: Any) -> dict[str, Any] | None:
+    """What the leader says once it comes to training; None when there is nothing to train."""
+    import torch
+
     while True:
         try:
             store.wait([_KEY])
-            break
+            found: dict[str, Any] | None = json.loads(store.get(_KEY))
+            return found
         except torch.distributed.DistStoreError:  # the leader prepares data still
             continue
-        except (torch.distributed.DistNetworkError, RuntimeError) as error:
+        except (torch.distributed.DistError, RuntimeError) as error:
             raise EdgetuneError("the first process is gone", fix="see what it said") from error
-    assignment = json.loads(store.get(_KEY))
-    if assignment is None:
-        return
-    if crew.place:
-        worker.take_part(assignment, crew.place, store)
-        _leave(crew, store)
-    else:
-        _agent(crew, assignment, threads)
 
 
 def start(crew: Crew, section: TrainSection, assignment: dict[str, Any]) -> None:
@@ -127,14 +133,16 @@ def _meet(crew: Crew) -> Any:
         ) from error
 
 
-def _leave(crew: Crew, store: Any = None) -> None:
+def _leave(crew: Crew, store: Any) -> None:
     """The leader, who holds the store, goes last."""
-    assert crew.place
-    found = store if store is not None else _store
-    found.add("left", 1)
+    import torch
+
+    expected = crew.place.size if crew.place else len(crew.hosts)
     deadline = time.monotonic() + 30
-    while crew.leads and found.add("left", 0) < crew.place.size and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with contextlib.suppress(torch.distributed.DistError, RuntimeError):  # it is gone already
+        store.add("left", 1)
+        while crew.leads and store.add("left", 0) < expected and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _by_ssh(crew: Crew, assignment: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
