@@ -32,7 +32,8 @@ _NEEDED: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-_BF16: dict[str, Any] = {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False}
+# A bfloat16 base needs no autocast, which would recast every frozen weight at every product.
+_BF16: dict[str, Any] = {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False, "bf16": False}
 _FLAT: dict[str, Any] = {**_BF16, "padding_free": True, "max_length": None}
 
 
@@ -54,7 +55,7 @@ SIDES: dict[str, Side] = {
     OURS: Side("edgetune", default=True),
     "trl": Side("TRL as it comes", {}, default=True),
     "trl-tuned": Side("TRL tuned", {**_BF16, **_rows(1)}, default=True),
-    "trl-no-autocast": Side("TRL, bf16 base, 1 row, no autocast", {**_BF16, **_rows(1), "bf16": False}),
+    "trl-autocast": Side("TRL, bf16 base, 1 row, autocast", {**_BF16, **_rows(1), "bf16": True}),
     "trl-8-rows": Side("TRL, bf16 base, 8 rows", {**_BF16, **_rows(8)}),
     "trl-by-length": Side(
         "TRL, bf16 base, 4 rows of one length", {**_BF16, **_rows(4), "train_sampling_strategy": "group_by_length"}
@@ -62,9 +63,6 @@ SIDES: dict[str, Side] = {
     "trl-flat-2": Side("TRL, bf16 base, 2 rows without padding", {**_FLAT, **_rows(2)}),
     "trl-flat-4": Side("TRL, bf16 base, 4 rows without padding", {**_FLAT, **_rows(4)}),
     "trl-flat-8": Side("TRL, bf16 base, 8 rows without padding", {**_FLAT, **_rows(8)}),
-    "trl-flat-8-no-autocast": Side(
-        "TRL, bf16 base, 8 rows without padding, no autocast", {**_FLAT, **_rows(8), "bf16": False}
-    ),
     "trl-compile": Side("TRL, bf16 base, 1 row, torch.compile", {**_BF16, **_rows(1), "torch_compile": True}),
 }
 

@@ -62,13 +62,12 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         lines = Path(job[which]).read_text(encoding="utf-8").splitlines()
         rows = [renderer.encode(json.loads(line), "assistant") for line in lines]
         passes = 1
-        chosen = list(range(len(rows)))
+        chosen = [at for at, row in enumerate(rows) if len(row.ids) <= job["longest"]]
         if which == "train":
             chosen, passes = choose([len(row.ids) for row in rows], job["tokens"], job["longest"], job["batch_size"])
-            if not chosen:
-                raise InputError(
-                    f"fewer than {job['batch_size']} rows of at most {job['longest']} tokens", where=job[which]
-                )
+        if not chosen:
+            few = f"fewer than {job['batch_size']} rows" if which == "train" else "no rows"
+            raise InputError(f"{few} of at most {job['longest']} tokens", where=job[which])
         (out / f"{which}.jsonl").write_text("".join(lines[row] + "\n" for row in chosen), encoding="utf-8")
         (out / f"{which}_ids.jsonl").write_text(
             "".join(json.dumps(_labelled(rows[row])) + "\n" for row in chosen), encoding="utf-8"
@@ -150,7 +149,17 @@ def loss(job: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    answer = {"prepare": prepare, "rate": rate, "loss": loss}[sys.argv[1]](job)
+def main(name: str, file: Path) -> None:
+    """Answer one job."""
+    from edgetune.errors import EdgetuneError
+
+    job = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        answer = {"prepare": prepare, "rate": rate, "loss": loss}[name](job)
+    except EdgetuneError as error:
+        raise SystemExit(f"error: {error}") from error
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
