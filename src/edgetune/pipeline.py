@@ -231,7 +231,7 @@ class Pipeline:
             self.base().path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
         )
 
-    def _encoded(self, which: str, rows: int | None = None) -> list[Encoded]:
+    def _encoded(self, which: str, rows: int | None = None) -> Sequence[Encoded]:
         """The first `rows` prepared rows, or all of them."""
         from edgetune.data.batch import encode_file
         from edgetune.data.render import Renderer
@@ -278,6 +278,8 @@ class Pipeline:
             else:
                 from edgetune.train import launch
 
+                for which in ("train", "validation"):  # kept by content, so that the processes find them encoded
+                    self._encoded(which)
                 launch.start(self._crew, self.recipe.train, assignment)
         shutil.rmtree(self._checkpoints)
 

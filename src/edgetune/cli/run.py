@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
 
+if TYPE_CHECKING:
+    from edgetune.pipeline import Result
+    from edgetune.recipe_file import LoadedRecipe
+
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.", show_default=False),
+]
+
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        metavar="N",
+        help="Train with N processes on each machine; with `train.distributed`, one a GPU when not given.",
+        show_default=False,
+    ),
+]
+HostFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hostfile",
+        metavar="FILE",
+        help="Train on several machines, started through ssh: a line `HOST slots=N` for each, this one first.",
+        show_default=False,
+    ),
 ]
 
 
@@ -28,6 +53,8 @@ def command(
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo every stage.")] = False,
+    nproc: Processes = None,
+    hostfile: HostFile = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -56,18 +83,50 @@ def command(
 
         show(loaded, check_stage(first), check_stage(until), force, json, with_recipe=True)
         return
-    from edgetune.pipeline import Pipeline
     from edgetune.run import STAGES
     from edgetune.summary import as_json, summary
 
-    pipeline = Pipeline(loaded)
-    result = pipeline.run(first=check_stage(first), until=check_stage(until) or STAGES[-1], force=force)
+    result = run_with(
+        loaded, nproc, hostfile, first=check_stage(first), until=check_stage(until) or STAGES[-1], force=force
+    )
+    if result is None:
+        return
     if json:
         print_json(as_json(result))
     else:
         print_table(("result", "value"), summary(result))
     if result.missed:
         raise result.missed
+
+
+def run_with(loaded: LoadedRecipe, nproc: int | None, hostfile: Path | None, **how: Any) -> Result | None:
+    """Run a recipe, its training with as many processes as the person, the recipe or a scheduler says.
+
+    Args:
+        loaded: the recipe.
+        nproc, hostfile: as the person said.
+        how: of `Pipeline.run`.
+
+    Returns:
+        What was done; None where this process only took part in the training that another one leads.
+    """
+    from edgetune.errors import require_extra
+    from edgetune.pipeline import Pipeline
+    from edgetune.train import crew, distributed
+
+    section = loaded.recipe.train
+    found = crew.find(section, nproc, hostfile)
+    if found is None:
+        return Pipeline(loaded).run(**how)
+    require_extra("train")
+    distributed.check(section, found.size)
+    from edgetune.train import launch
+
+    if not found.leads:
+        launch.follow(found, section.threads)
+        return None
+    with launch.leading(found):
+        return Pipeline(loaded, crew=found).run(**how)
 
 
 def check_stage(name: str | None) -> str | None:

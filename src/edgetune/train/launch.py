@@ -23,7 +23,7 @@ from edgetune.train.crew import Crew
 
 _MEETING_S = 1800.0  # how long machines wait for each other
 _KEY = "assignment"
-_AGAIN = "the same command goes on from the last checkpoint, with another number of processes, too"
+_AGAIN = "with --resume, training goes on from the last checkpoint, with another number of processes, too"
 
 _store: Any = None  # the leader's, of several machines or scheduled processes, while the command runs
 
