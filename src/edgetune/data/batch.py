@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.cache import EncodedRows, Writer, find, key, locked
 from edgetune.data.fingerprint import fingerprint
@@ -16,7 +16,10 @@ from edgetune.errors import InputError
 from edgetune.files import HashCache
 from edgetune.progress import task
 
-__all__ = ["IGNORED", "Encoded", "EncodedRows", "collate", "cut", "encode_file", "load"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["IGNORED", "Encoded", "EncodedRows", "collate", "cut", "encode_file", "load", "sizes"]
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 _AGAIN = "`edgetune run RECIPE --from data` prepares the rows again"
@@ -84,6 +87,16 @@ def _encode(path: Path, encoder: Encoder, writer: Writer, limit: int | None) -> 
                 raise InputError(found.what, where=where, fix=found.fix)
             writer.add(found)
             shown.advance()
+
+
+def sizes(rows: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each row, and how many of them carry loss: two int64 arrays."""
+    import numpy as np
+
+    if isinstance(rows, EncodedRows):
+        return rows.lengths, rows.learned_counts
+    lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+    return lengths, np.array([int(sum(row.learned)) for row in rows], dtype=np.int64)
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgetune.data.batch import Encoded
+from edgetune.data.batch import Encoded, sizes
 from edgetune.train import distributed
 from edgetune.train.objective import Objective
 from edgetune.train.schedule import passes
@@ -34,7 +34,7 @@ def evaluate(
         `loss` (nats a learned token, each token weighing the same), `perplexity`, `token_accuracy`, `tokens`.
     """
     loss, correct, count = 0.0, 0, 0
-    lengths = [len(row.ids) for row in rows]
+    lengths, _ = sizes(rows)
     for start in range(0, len(rows), _AT_A_TIME):
         end = min(start + _AT_A_TIME, len(rows))
         own = distributed.share(passes(range(start, end), lengths, pass_tokens, distributed.place().size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +154,3 @@ def _kept(objective: Objective, model: Any, row: Encoded) -> int:
     del loss
     model.train(was_training)
     return sum(sizes.values())
-
-
-def longest_row(rows: Sequence[Encoded]) -> int:
-    """Tokens of the longest row."""
-    return max(len(row.ids) for row in rows)

@@ -230,7 +230,7 @@ def _four_bit_base(
     """The 4-bit weights that were trained against, made again, as float32; compared with the 4-bit layers themselves."""
     import torch
 
-    was = read_json(adapter / QUANTIZATION)
+    was = _quantization(adapter)
     dtype = torch.bfloat16 if was["dtype"] == "bfloat16" else torch.float32
     model = quantize.load_quantized(base, dtype, trust_remote_code=trust_remote_code, keep=was["keep"], device="cpu")
     if quantize.fingerprint(model) != was["sha256"]:
@@ -250,6 +250,24 @@ def _four_bit_base(
         )
     told["as_trained_difference"] = {**found, "computed_in": was["dtype"]}
     return adapted.unload()
+
+
+def _quantization(adapter: Path) -> dict[str, Any]:
+    """What a qlora adapter says of its 4-bit base. Raises InputError where it is not what edgetune writes."""
+    told = read_json(adapter / QUANTIZATION)
+    wanted = {"type": str, "dtype": str, "keep": list, "sha256": str}
+    if not (
+        isinstance(told, dict)
+        and all(isinstance(told.get(name), kind) for name, kind in wanted.items())
+        and told["type"] == "nf4"
+        and told["dtype"] in ("bfloat16", "float32")
+    ):
+        raise InputError(
+            "does not say which 4-bit weights the adapter was trained against",
+            where=adapter / QUANTIZATION,
+            fix="train or copy the adapter again",
+        )
+    return told
 
 
 def _with_adapter(model: Any, adapter: Path, base: Base) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -20,8 +19,6 @@ def require_bitsandbytes(where: str) -> None:
     """Raise InputError, naming the recipe's key `where`, unless bitsandbytes is installed."""
     if find_spec("bitsandbytes") is None:
         raise InputError("bitsandbytes is not installed", where=where, fix="pip install 'edgetune[qlora]'")
-    # Its processor part asks for an optional package in a log line.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_quantized(

@@ -17,7 +17,7 @@ DEFAULT_ROWS = 8
 DEFAULT_PASS_TOKENS = 2048
 
 
-def schedule(lengths: Sequence[int], section: TrainSection, seed: int) -> list[np.ndarray]:
+def schedule(lengths: Sequence[int] | np.ndarray, section: TrainSection, seed: int) -> list[np.ndarray]:
     """The rows of each optimizer step.
 
     Args:
@@ -42,7 +42,7 @@ def schedule(lengths: Sequence[int], section: TrainSection, seed: int) -> list[n
     return steps[: int(wanted)]
 
 
-def steps_a_pass(lengths: Sequence[int], section: TrainSection, seed: int) -> int:
+def steps_a_pass(lengths: Sequence[int] | np.ndarray, section: TrainSection, seed: int) -> int:
     """Optimizer steps in the first pass over the rows."""
     return len(_one_pass(np.asarray(lengths, dtype=np.int64), section, np.random.default_rng([seed, 0])))
 
@@ -61,7 +61,9 @@ def _one_pass(sizes: np.ndarray, section: TrainSection, draw: np.random.Generato
     return np.split(order, ends)
 
 
-def passes(rows: Sequence[int], lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[int]]:
+def passes(
+    rows: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, budget: int, processes: int = 1
+) -> list[list[int]]:
     """Cut a step into forward passes of similar size.
 
     Args:

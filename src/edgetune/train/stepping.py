@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgetune.data.batch import Encoded
 from edgetune.recipe import TrainSection
 from edgetune.train import distributed, shards
@@ -92,9 +94,7 @@ class Steps:
     """The steps as the dataset that Trainer wants: an item is this process's passes of a step, and the learned tokens
     of the whole step."""
 
-    def __init__(
-        self, rows: Sequence[Encoded], steps: Sequence[Step], lengths: Sequence[int], pass_tokens: int
-    ) -> None:
+    def __init__(self, rows: Sequence[Encoded], steps: Sequence[Step], lengths: np.ndarray, pass_tokens: int) -> None:
         self._rows, self._steps, self._lengths, self._pass_tokens = rows, steps, lengths, pass_tokens
 
     def __len__(self) -> int:

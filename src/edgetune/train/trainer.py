@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgetune import progress
-from edgetune.data.batch import Encoded
+from edgetune.data.batch import Encoded, sizes
 from edgetune.errors import InputError
 from edgetune.files import write_json, write_text
 from edgetune.models import Base
@@ -191,11 +193,9 @@ class _Training:
 def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     import transformers
 
-    lengths = [len(row.ids) for row in job.train]
-    learned = [int(sum(row.learned[1:])) for row in job.train]
+    lengths, learned = sizes(job.train)
     steps = [
-        Step(rows.tolist(), sum(lengths[row] for row in rows), sum(learned[row] for row in rows))
-        for rows in schedule(lengths, section, job.seed)
+        Step(rows, int(lengths[rows].sum()), int(learned[rows].sum())) for rows in schedule(lengths, section, job.seed)
     ]
     model = method.build(
         section,
@@ -251,7 +251,7 @@ def _fit(section: TrainSection, job: Job, kept: Checkpoints, objective: Objectiv
     found: list[memory.Fit] = []
 
     def decide() -> dict[str, Any]:
-        longest = max(memory.longest_row(job.train), memory.longest_row(job.validation))
+        longest = max(int(sizes(rows)[0].max()) for rows in (job.train, job.validation))
         found.append(memory.fit(section, objective, model, longest))
         return {"pass_tokens": found[0].pass_tokens, "checkpointing": found[0].checkpointing}
 
@@ -263,7 +263,7 @@ def _fit(section: TrainSection, job: Job, kept: Checkpoints, objective: Objectiv
     return settled
 
 
-def _padding(steps: Sequence[Step], lengths: Sequence[int], pass_tokens: int) -> float:
+def _padding(steps: Sequence[Step], lengths: np.ndarray, pass_tokens: int) -> float:
     """Share of what is computed that is padding."""
     cut = [[lengths[row] for row in one] for step in steps for one in passes(step.rows, lengths, pass_tokens)]
     computed = sum(len(one) * max(one) for one in cut)

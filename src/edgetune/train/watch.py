@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from edgetune import progress
@@ -24,7 +25,7 @@ _CHECKPOINT_EVERY_S = 300.0
 class Step:
     """What one optimizer step learns from: numbers of its rows, tokens in them, and how many of those carry loss."""
 
-    rows: Sequence[int]
+    rows: np.ndarray
     tokens: int
     learned: int
 
