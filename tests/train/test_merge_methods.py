@@ -108,6 +108,14 @@ def test_other_4_bit_weights_are_noticed(base: Base, tmp_path: Path) -> None:
     assert "not bit for bit" in merged(base, adapter, tmp_path / "m")["warnings"][0]
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"type": "fp4"}', '{"type": "nf4", "dtype": 3, "keep": []}'])
+def test_a_broken_quantization_file(base: Base, tmp_path: Path, damage: str) -> None:
+    adapter = trained(base, tmp_path / "t", "qlora")
+    (adapter / method.QUANTIZATION).write_text(damage)
+    with pytest.raises(InputError, match=r"quantization\.json"):
+        merged(base, adapter, tmp_path / "m")
+
+
 def test_wrong_4_bit_weights_are_caught(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained(base, tmp_path / "t", "qlora")
     real = quantize.dequantized
