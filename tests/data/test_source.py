@@ -187,7 +187,7 @@ def test_checking_takes_no_memory_for_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
-@pytest.mark.parametrize(("megabytes", "workers"), [(12, 1), pytest.param(200, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("megabytes", "workers"), [(12, 1), pytest.param(150, 2, marks=pytest.mark.slow)])
 def test_preparing_takes_no_memory_for_the_rows(tmp_path: Path, megabytes: int, workers: int) -> None:
     many_rows(tmp_path / "a.jsonl", megabytes, 4000)
     found = measured(tmp_path / "a.jsonl", word_model(tmp_path / "model"), tmp_path / "out", workers)
