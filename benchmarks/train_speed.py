@@ -107,8 +107,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All rounds of all sides in turn, then the judge. Returns what `--json` writes."""
-    names = args.only or [name for name, side in sides.SIDES.items() if side.default]
-    names = list(dict.fromkeys(names))
+    names = [name for name, side in sides.SIDES.items() if (name in args.only if args.only else side.default)]
     python = args.trl_python.absolute() if args.trl_python else None
     if names != [OURS] and python is None:
         python = sides.trl_python(work)
