@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,14 @@ def choose(
         if wanted < DEFAULT_PASS_TOKENS:
             why = why or f"{wanted} tokens a pass: {room / 1e9:.1f} GB are free for activations"
     return Fit(wanted, again, why)
+
+
+def bound_kept_code() -> None:
+    """Have oneDNN keep the code of fewer shapes than its 1,024, some 400 kB each; to be called before the first product.
+
+    A pass has about 150 shapes, and each is used in every layer, so nothing is made twice in one pass.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "384")
 
 
 def compute_twice(model: Any) -> None:

@@ -86,6 +86,7 @@ def train(
     import transformers
 
     trackers.check(section.trackers)
+    memory.bound_kept_code()
     reset_peak()
     started = time.monotonic()
     transformers.set_seed(job.seed)
