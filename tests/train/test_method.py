@@ -15,7 +15,7 @@ from edgetune.data.render import Encoded
 from edgetune.errors import InputError
 from edgetune.models import Base, load_model, load_tokenizer, resolve
 from edgetune.recipe import MergeSection, ModelSection, TrainSection
-from edgetune.train import initialize, method, neftune, quantize
+from edgetune.train import dora, initialize, method, neftune, quantize
 from edgetune.train.merge import merge
 from edgetune.train.objective import Objective
 
@@ -310,6 +310,15 @@ def test_noise_is_on_embeddings_in_training_only_and_as_large_as_each_row_calls_
     model.eval()
     decoder(input_ids=ids)
     assert float(seen[3].abs().max()) == 0
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.floats(0.1, 8), st.integers(0, 99))
+def test_lengths_of_rows_without_the_matrix(out: int, size: int, rank: int, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((out, size), (rank, size), (out, rank)))
+    wanted = (weight.double() + scale * b.double() @ a.double()).norm(dim=1).float()
+    atol = 1e-3 * float(weight.norm() + scale * b.norm() * a.norm())
+    torch.testing.assert_close(dora.lengths(weight, a, b, scale), wanted, atol=atol, rtol=1e-4)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

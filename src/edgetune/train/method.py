@@ -181,13 +181,12 @@ def _with_adapter(model: Any, section: TrainSection) -> Any:
         eva_config=EvaConfig(rho=1.0) if kind == "eva" else None,  # all ranks stay the recipe's
     )
     if section.method == "lora":
-        from edgetune.train import lora
-
-        lora.register(config)
-    elif section.method == "qlora":
-        from edgetune.train import lora4
-
-        lora4.register(config)
+        from edgetune.train.lora import register
+    elif section.method == "dora":
+        from edgetune.train.dora import register
+    else:
+        from edgetune.train.lora4 import register
+    register(config)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
