@@ -34,7 +34,8 @@ from edgetune.errors import INTERRUPTED, EdgetuneError
 from edgetune.files import write_json, write_text
 from edgetune.runtime.hardware import cpu, versions
 
-_DATA = Path(__file__).parent.parent / "recipes" / "data"
+_ROWS = Path(__file__).parent / "train_speed_rows.jsonl"
+_HELD_OUT = Path(__file__).parent.parent / "recipes" / "data" / "chat_validation.jsonl"
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,15 +47,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, metavar="N", default=3, help="trainings of each side, in turn (default: 3)"
     )
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", default=10_000, help="tokens of each training (default: 10000)"
-    )
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", default=_DATA / "chat_train.jsonl", help="rows of messages, JSON Lines"
-    )
-    parser.add_argument(
-        "--validation", type=Path, metavar="FILE", default=_DATA / "chat_validation.jsonl", help="held-out rows"
-    )
+    parser.add_argument("--tokens", type=int, metavar="N", default=8000, help="tokens of each training (default: 8000)")
+    parser.add_argument("--rows", type=Path, metavar="FILE", default=_ROWS, help="rows of messages, JSON Lines")
+    parser.add_argument("--validation", type=Path, metavar="FILE", default=_HELD_OUT, help="held-out rows")
     parser.add_argument(
         "--longest", type=int, metavar="N", default=1024, help="leave out longer rows; TRL cuts at 1024 (default)"
     )
@@ -158,7 +153,7 @@ def _prepared(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     given |= {"tokens": args.tokens, "longest": args.longest, "batch_size": sides.BATCH, "out": str(work)}
     found = sides.tool("prepare", given, work)
     train = found["train"]
-    _say(f"{train['rows']} rows, {train['passes']} pass(es), {train['tokens']:,} tokens a training")
+    _say(f"{train['rows']} rows, {train['tokens']:,} tokens a training")
     return {
         **found,
         "steps": train["rows"] // sides.BATCH * train["passes"],

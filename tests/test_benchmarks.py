@@ -31,7 +31,7 @@ def three_rounds() -> list[Any]:
     """Ours 400, 300, 500 tokens/s; as it comes 50, 50, 100; tuned 200, 100, 100."""
     speeds = {"edgetune": (400, 300, 500), "trl": (50, 50, 100), "trl-tuned": (200, 100, 100)}
     peaks = {"edgetune": 1200.0, "trl": 4000.0, "trl-tuned": 1000.0}
-    losses = {"edgetune": (1.80, 1.79, 1.81), "trl": (1.80, 1.80, 1.79), "trl-tuned": (1.78, 1.79, 1.77)}
+    losses = {"edgetune": (1.80, 1.79, 1.81), "trl": (1.80, 1.80, 1.79), "trl-tuned": (1.78, 1.795, 1.77)}
     return [
         run(side, round, speeds[side][round], peaks[side], losses[side][round]) for side in speeds for round in range(3)
     ]
@@ -49,7 +49,7 @@ def test_medians_and_ratios_round_by_round() -> None:
     assert found["trl-tuned"]["speedup"] == pytest.approx(3)  # of 2, 3 and 5
     assert found["trl"]["memory"] == pytest.approx(0.3)
     assert found["trl-tuned"]["loss"] == pytest.approx(1.78)
-    assert found["trl-tuned"]["loss_range"] == (1.77, 1.79)
+    assert found["trl-tuned"]["loss_range"] == (1.77, 1.795)
 
 
 def test_each_goal_is_judged_alone() -> None:
@@ -59,7 +59,7 @@ def test_each_goal_is_judged_alone() -> None:
     assert [met for met, _ in said] == [True, True, True, True, False, False, True]
     assert "6.00 times as fast as trl" in said[0][1]
     assert "120% of the memory of trl-tuned" in said[4][1]
-    assert "1.8000, trl-tuned 1.7700 to 1.7900" in said[5][1]
+    assert "1.8000, trl-tuned 1.7700 to 1.7950" in said[5][1]
     assert "0.80 of the arithmetic limit" in said[6][1]
 
 
@@ -113,6 +113,8 @@ def test_all_that_is_printed() -> None:
     for words in (
         "2026-01-01, A processor, 2 cores (avx2); torch 2.13.0, trl 1.16.0.",
         "base: 1.8814",
+        "in 1 pass over 80 rows",
+        "learning rate 0.0002; 1 round.",
         "is 561 tokens/s",
     ):
         assert words in said
