@@ -317,6 +317,16 @@ def test_more_processes_than_rows_are_refused() -> None:
         check(TrainSection(batch_size=2), 3)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"modules_to_save": ["lm_head"]}, "trained whole"), ({"initialization": "pissa"}, "pissa changes the base")],
+)
+def test_what_divided_weights_cannot_carry_is_refused(more: dict[str, Any], said: str) -> None:
+    check(TrainSection.model_validate(more), 2)
+    with pytest.raises(InputError, match=said):
+        check(TrainSection.model_validate({**more, "distributed": {"engine": "fsdp"}}), 2)
+
+
 def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     section = TrainSection.model_validate({"distributed": {"engine": "deepspeed"}})

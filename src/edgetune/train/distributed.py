@@ -165,7 +165,7 @@ def check(section: TrainSection, processes: int) -> None:
     """Refuse what cannot be, before anything is started.
 
     Raises:
-        InputError: fewer rows in a step than processes, an initialization that the engine cannot carry, or an engine
+        InputError: fewer rows in a step than processes, options that the engine cannot carry, or an engine
             that is not installed.
     """
     from edgetune.train.schedule import DEFAULT_ROWS
@@ -179,6 +179,19 @@ def check(section: TrainSection, processes: int) -> None:
                 fix=f"start {rows} processes at most, or raise train.batch_size",
             )
     wanted = section.distributed
+    if wanted and wanted.engine == "fsdp" and section.modules_to_save:
+        raise InputError(
+            "fsdp is not proved right with modules that are trained whole",
+            where="train.modules_to_save",
+            fix="leave it out, or use train.distributed.engine: deepspeed or ddp",
+        )
+    divided = wanted and (wanted.engine == "fsdp" or (wanted.engine == "deepspeed" and wanted.zero_stage == 3))
+    if wanted and divided and section.initialization in ("pissa", "olora"):
+        raise InputError(
+            f"{section.initialization} changes the base's weights, which {wanted.engine} has divided when they are saved",
+            where="train.initialization",
+            fix="use default, or train.distributed.engine: ddp",
+        )
     if wanted and wanted.engine == "deepspeed":
         from importlib.util import find_spec
 

@@ -30,7 +30,8 @@ def parameters(model: Any, trained_only: bool = False) -> int:
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor] | None:
     """The trained weights by name, on the CPU of the first process; None where each process has them whole."""
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # A tied matrix under each of its names: peft looks for all of them.
+    learned = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     if not any(_divided(p) for _, p in learned):
         return None
     found: dict[str, torch.Tensor] = {}
@@ -59,7 +60,7 @@ def _whole(p: Any) -> torch.Tensor:
 
 def put_weights(model: Any, whole: dict[str, torch.Tensor]) -> None:
     """Give a model its trained weights by name, whoever holds them; what `whole_weights` gives, on every process."""
-    here = dict(model.named_parameters())
+    here = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in whole.items():
             p: Any = here[name]
@@ -118,7 +119,9 @@ def _whole_optimizer(trainer: Any, groups: Sequence[Sequence[Any]]) -> dict[str,
     """
     if not trainer.is_deepspeed_enabled:
         given = trainer.optimizer.state_dict()
-        held = {number: {name: _cpu(value) for name, value in one.items()} for number, one in given["state"].items()}
+        held = {
+            number: {name: _cpu(value) for name, value in one.items()} for number, one in sorted(given["state"].items())
+        }
         return {"state": held, "param_groups": given["param_groups"]}
     from deepspeed.utils import safe_get_full_optimizer_state
 
