@@ -264,6 +264,10 @@ def test_qlora_needs_bitsandbytes(base: Base, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"edgetune\[qlora\]"):
         built(base, METHODS["qlora"])
+    method.require_installed(TrainSection())
+    for options in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
+        with pytest.raises(InputError, match=r"train\.(method|optimizer): bitsandbytes"):
+            method.require_installed(TrainSection(**options))
 
 
 @pytest.mark.parametrize("shards", [False, True])

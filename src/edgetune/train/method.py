@@ -35,6 +35,14 @@ def base_dtype(section: TrainSection) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def require_installed(section: TrainSection) -> None:
+    """Raise InputError unless all that the method and the optimizer need is installed. Nothing heavy is imported."""
+    if section.method == "qlora":
+        quantize.require_bitsandbytes("train.method")
+    if section.optimizer == "adamw_8bit":
+        quantize.require_bitsandbytes("train.optimizer")
+
+
 def build(
     section: TrainSection,
     base: Base,
