@@ -187,10 +187,14 @@ def test_an_error_in_a_process_is_the_commands_error(place: Path) -> None:
 @pytest.mark.slow
 def test_whole_models_divided(place: Path) -> None:
     pytest.importorskip("deepspeed")
-    args = ["train.method=full", "train.lora_plus_ratio=null", "train.learning_rate=1e-3"]
+    recipe = json.loads((place / "r.yaml").read_text())
+    del recipe["train"]["rank"], recipe["train"]["lora_plus_ratio"]
+    recipe["train"] |= {"method": "full", "learning_rate": 1e-3}
+    (place / "full.yaml").write_text(json.dumps(recipe))
     losses = []
     for name, more in (("full", []), ("full-zero3", _engine("zero3")), ("full-fsdp", _engine("fsdp"))):
-        done = _train(place, name, *args, *more, *(["--nproc", "2"] if more else []))
+        args = ["full.yaml", f"name={name}", *more, *(["--nproc", "2"] if more else [])]
+        done = edgetune("train", *args, cwd=place, env={"EDGETUNE_HOME": str(place / "home")})
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in _metrics(place, name) if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

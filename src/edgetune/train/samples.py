@@ -83,7 +83,7 @@ def answers(
     stops, was_training = frozenset(stop_ids), model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: weights that an engine gathers in it cannot be trained afterwards
             found = [
                 _greedy(model, prompt.ids, max_new_tokens, frozenset() if together else stops) for prompt in prompts
             ]
