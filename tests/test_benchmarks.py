@@ -187,7 +187,11 @@ def test_a_process_that_fails_is_told_with_its_last_words(tmp_path: Path) -> Non
 
     from edgetune.errors import EdgetuneError
 
-    used = start([sys.executable, "-c", "x = bytearray(50_000_000)"], tmp_path / "log", tmp_path)
+    used = start(
+        [sys.executable, "-c", 'import time; x = bytearray(b"x" * 50_000_000); time.sleep(1)'],
+        tmp_path / "log",
+        tmp_path,
+    )
     assert 50 < used.peak_mb < 500 and used.wall_s > 0
     with pytest.raises(EdgetuneError, match="ended badly"):
         start([sys.executable, "-c", "raise SystemExit('ended badly')"], tmp_path / "log", tmp_path)
