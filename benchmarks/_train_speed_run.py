@@ -69,7 +69,10 @@ SIDES: dict[str, Side] = {
 
 @dataclass(frozen=True)
 class Used:
-    """What a process used: seconds of the clock and of the processor, largest memory (10^6 bytes), others' cores."""
+    """What a process used: seconds of the clock and of the processor, largest memory (10^6 bytes), others' cores.
+
+    Linux counts a process's largest memory from the one that starts it on: start from a small one.
+    """
 
     wall_s: float
     cpu_s: float
