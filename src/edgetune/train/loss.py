@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,31 @@ import torch
 from edgetune.data.batch import IGNORED
 
 _FLOATS = 4_000_000  # logits at a time: they and their exponentials stay in the cache (16 MB in float32)
+
+
+class _Pieces:
+    """A few rows of x (N, hidden) after the other with their targets and float32 logits (n, V), always in the same memory."""
+
+    def __init__(
+        self, x: torch.Tensor, targets: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, rows: int = 1
+    ) -> None:
+        self.x, self.targets, self.matrix, self.bias = x, targets, matrix, bias
+        self.rows = min(max(1, len(x)), rows * max(16, _FLOATS // len(matrix)))
+        self._made = x.new_empty(self.rows, len(matrix))
+        self._wide = self._made if x.dtype == torch.float32 else torch.empty_like(self._made, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(self.x), self.rows):
+            place = slice(start, min(start + self.rows, len(self.x)))
+            part, wanted, made = self.x[place], self.targets[place, None], self._made[: place.stop - start]
+            torch.mm(part, self.matrix.t(), out=made)
+            if self.bias is not None:
+                made += self.bias
+            yield place, part, wanted, self._wide[: len(made)].copy_(made)
+
+    def narrow(self, shares: torch.Tensor) -> torch.Tensor:
+        """Float32 (n, V) in the dtype of x, in the place of the piece's own logits."""
+        return self._made[: len(shares)].copy_(shares)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -23,33 +49,32 @@ class _HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
     ) -> torch.Tensor:
-        rows = max(16, _FLOATS // weight.shape[0])
         learns_x, learns_weight, learns_bias, *_ = ctx.needs_input_grad
-        if learns_weight:
-            rows *= 4  # each piece passes over the whole gradient of W
         dx = torch.empty_like(x) if learns_x else None
         dweight = torch.zeros_like(weight) if learns_weight else None
         dbias = torch.zeros_like(bias) if bias is not None and learns_bias else None
+        learns = dx is not None or dweight is not None or dbias is not None
         loss = x.new_zeros((), dtype=torch.float32)
-        matrix = weight.to(x.dtype)
-        for start in range(0, len(x), rows):
-            part, wanted = x[start : start + rows], targets[start : start + rows, None]
-            logits = torch.nn.functional.linear(part, matrix, None if bias is None else bias.to(x.dtype)).float()
-            total = torch.logsumexp(logits, -1, keepdim=True)
-            loss += (total - (1 - smoothing) * logits.gather(1, wanted)).sum()
-            if smoothing:
-                loss -= smoothing * logits.mean(-1).sum()
-            if dx is None and dweight is None and dbias is None:
+        matrix, added = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        pieces = _Pieces(x, targets, matrix, added, rows=4 if learns_weight else 1)
+        for place, part, wanted, logits in pieces:
+            at_target = logits.gather(1, wanted)
+            mean = logits.mean(-1).sum() if smoothing else 0.0
+            greatest = logits.amax(-1, keepdim=True)
+            shares = logits.sub_(greatest).exp_()
+            total = shares.sum(-1, keepdim=True)
+            loss += (total.log() + greatest - (1 - smoothing) * at_target).sum() - smoothing * mean
+            if not learns:
                 continue
-            slope = logits.sub_(total).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1, dtype=slope.dtype))
+            shares.div_(total)
+            shares.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1, dtype=shares.dtype))
             if smoothing:
-                slope -= smoothing / slope.shape[1]
+                shares -= smoothing / shares.shape[1]
             if dbias is not None:
-                dbias += slope.sum(0)
-            slope = slope.to(x.dtype)
+                dbias += shares.sum(0)
+            slope = pieces.narrow(shares)
             if dx is not None:
-                torch.mm(slope, matrix, out=dx[start : start + rows])
+                torch.mm(slope, matrix, out=dx[place])
             if dweight is not None:
                 dweight += slope.t() @ part
         ctx.save_for_backward(dx, dweight, dbias)
@@ -65,12 +90,10 @@ class _HeadLoss(torch.autograd.Function):
 def _score(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    rows = max(16, _FLOATS // weight.shape[0])
     loss, correct = x.new_zeros((), dtype=torch.float32), 0
-    for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-        logits = torch.nn.functional.linear(part, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        loss += torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-        correct += int((logits.argmax(-1) == wanted).sum())
+    for _, _, wanted, logits in _Pieces(x, targets, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)):
+        loss += torch.nn.functional.cross_entropy(logits, wanted[:, 0], reduction="sum")
+        correct += int((logits.argmax(-1, keepdim=True) == wanted).sum())
     return loss, correct
 
 
