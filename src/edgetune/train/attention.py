@@ -1,7 +1,7 @@
 """Attention over rows that lie one behind the other in one sequence, each seeing only itself.
 
-No mask and no padding exist: each row's products are computed by themselves, in blocks of queries that only meet the
-keys they may see, for all query heads of a key head at once. The forward and backward pass are written out, because
+No mask over the whole and no padded sequence exist: each row's queries are cut into blocks that only meet the
+keys they may see, and blocks of one shape go through their products together. Both passes are written out, because
 PyTorch's flash kernel for CPUs takes about twice as long in bfloat16 at the lengths of chat rows.
 
 `register` makes it known to transformers under `NAME`. Without `row_lengths` (generation, plain forward passes) it is
@@ -14,13 +14,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "edgetune"
 _BLOCK = 128  # queries a product; measured best of 64, 128, 256 on two AVX-512 cores at rows of 100-800 tokens
 _ROUND = 16  # counts of queries and keys are multiples of this
+_SCORES = 4_000_000  # at a time
 _KEEP = 1024  # probabilities of longer rows are computed again in the backward pass: they grow with the square
 
 
@@ -102,7 +106,7 @@ def _by_row(
     return torch.cat(out, 2).transpose(1, 2)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _hidden(queries: int, keys: int, before: int, window: int, device: str = "cpu") -> torch.Tensor:
     """What `queries` positions, the first with `before` keys before it, must not see of `keys`: (queries, keys), bool."""
     at = torch.arange(before, before + queries, device=device)[:, None]
@@ -113,56 +117,121 @@ def _hidden(queries: int, keys: int, before: int, window: int, device: str = "cp
     return hidden
 
 
+@lru_cache(maxsize=64)
+def _mask(queries: int, keys: int, window: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of `heads` query heads, one below the other: (heads · queries, keys); 0 or -inf."""
+    hidden = _hidden(queries, keys, keys - queries, window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf).repeat(heads, 1)
+
+
 @dataclass(frozen=True)
-class _Block:
-    """Queries of one row and the keys that they may see, as places of the whole sequence.
+class _Places:
+    """Which rows of one matrix make up each row of another: none (zeros), one, or several, which are added up."""
 
-    `queries` and `keys` are counts that were rounded up where the sequence goes on: what lies behind belongs to the next
-    row, and is masked. So products have few different shapes, for each of which the library keeps code of its own.
-    """
+    index: torch.Tensor
+    ends: torch.Tensor
 
-    first: int
-    end: int
-    start: int
+    @classmethod
+    def there(cls, source: np.ndarray) -> _Places:
+        """Row i is row `source[i]`; zeros where that is negative."""
+        import numpy as np
+
+        ends = np.concatenate([[0], np.cumsum(source >= 0)])
+        return cls(torch.from_numpy(source[source >= 0]), torch.from_numpy(ends))
+
+    @classmethod
+    def back(cls, source: np.ndarray, rows: int) -> _Places:
+        """Row r of `rows` is the sum of all rows i of which `source[i]` is r."""
+        import numpy as np
+
+        order = np.argsort(source, kind="stable")[np.count_nonzero(source < 0) :]
+        return cls(torch.from_numpy(order), torch.from_numpy(np.searchsorted(source[order], np.arange(rows + 1))))
+
+    def take(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (rows, D). Sums of bfloat16 are made in float32."""
+        flat = matrix.reshape(-1, matrix.shape[-1])
+        return torch.nn.functional.embedding_bag(self.index, flat, self.ends, mode="sum", include_last_offset=True)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Blocks of one shape, which go through their products together."""
+
+    count: int
     queries: int
     keys: int
 
-    def probabilities(self, q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> torch.Tensor:
-        """Softmax of the scores: q (K, G, T, D) and k (K, T, D) to (K, G · queries, keys); 0 where nothing is seen."""
-        heads, group, _, size = q.shape
-        wanted = (q[:, :, self.first : self.first + self.queries] * scale).reshape(heads, -1, size)
-        scores = torch.bmm(wanted, self.of(k).transpose(1, 2)).view(heads, group, self.queries, self.keys)
-        before = self.first - self.start
-        if window and self.keys > window:
-            scores.masked_fill_(_hidden(self.queries, self.keys, before, window), -math.inf)
-        else:
-            scores[..., before:].masked_fill_(_hidden(self.queries, self.keys - before, 0, 0), -math.inf)
-        p = torch.softmax(scores, -1)
-        if self.first + self.queries > self.end:
-            p[:, :, self.end - self.first :] = 0
-        return p.view(heads, -1, self.keys)
 
-    def of(self, keys: torch.Tensor) -> torch.Tensor:
-        """The block's part of keys or values (K, T, D)."""
-        return keys[:, self.start : self.start + self.keys]
+@dataclass(frozen=True)
+class _Layout:
+    """How T tokens, H query heads and K key heads are cut into blocks: queries of a row, and the keys that they may see.
 
-    @property
-    def kept(self) -> bool:
-        """Whether its probabilities are kept for the backward pass."""
-        return self.end - self.start <= _KEEP
+    Blocks lie one behind the other, those of a group together, each filled up with zeros to multiples of `_ROUND`: so
+    there are few shapes, for each of which the library keeps code of its own.
+    """
+
+    heads: int
+    shared: int
+    groups: tuple[_Group, ...]
+    asking: _Places
+    asked: _Places
+    seeing: _Places
+    seen: _Places
+
+    def ask(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """(H, T, D) to each group's queries: (n · K, G · queries, D)."""
+        parts = self.asking.take(source.transpose(0, 1)).split([g.count * self.heads * g.queries for g in self.groups])
+        return [
+            part.view(g.count * self.shared, -1, part.shape[-1]) for g, part in zip(self.groups, parts, strict=True)
+        ]
+
+    def see(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """(K, T, D) to each group's keys or values: (n · K, keys, D)."""
+        parts = self.seeing.take(source.transpose(0, 1)).split([g.count * self.shared * g.keys for g in self.groups])
+        return [part.view(-1, g.keys, part.shape[-1]) for g, part in zip(self.groups, parts, strict=True)]
+
+    def answers(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """What the groups found for their queries: to (T, H, D)."""
+        return self.asked.take(torch.cat([part.flatten(0, -2) for part in found])).unflatten(0, (-1, self.heads))
+
+    def shares(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """What the groups found for their keys or values, added up: to (T, K, D)."""
+        return self.seen.take(torch.cat([part.flatten(0, -2) for part in found])).unflatten(0, (-1, self.shared))
 
 
-@lru_cache(maxsize=64)
-def _blocks(lengths: tuple[int, ...], window: int) -> list[_Block]:
-    total, row, found = sum(lengths), 0, []
+@lru_cache(maxsize=16)
+def _layout(lengths: tuple[int, ...], window: int, heads: int, shared: int) -> _Layout:
+    import numpy as np
+
+    found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    row = 0
     for length in lengths:
         for first in range(row, row + length, _BLOCK):
             end = min(first + _BLOCK, row + length)
             start = max(row, first - window + 1) if window else row
-            queries, keys = (min(-(-(end - at) // _ROUND) * _ROUND, total - at) for at in (first, start))
-            found.append(_Block(first, end, start, queries, keys))
+            queries = -(-(end - first) // _ROUND) * _ROUND
+            found.setdefault((queries, first - start + queries), []).append((first, end, start))
         row += length
-    return found
+    groups, asks, sees = [], [], []
+    for (queries, keys), blocks in found.items():
+        most = max(1, _SCORES // (heads * queries * keys))
+        groups += [_Group(len(blocks[at : at + most]), queries, keys) for at in range(0, len(blocks), most)]
+        first, end, start = (np.array(place)[:, None] for place in zip(*blocks, strict=True))
+        for places, begin, count, among in ((asks, first, queries, heads), (sees, start, keys, shared)):
+            token = begin + np.arange(count)
+            token[token >= end] = -among  # negative for each head
+            places.append((token[:, None] * among + np.arange(among)[:, None]).ravel())
+    ask, see = np.concatenate(asks), np.concatenate(sees)
+    return _Layout(
+        heads, shared, tuple(groups), _Places.there(ask), _Places.back(ask, row * heads), _Places.there(see),
+        _Places.back(see, row * shared),
+    )  # fmt: skip
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, group: _Group, scale: float, window: int) -> torch.Tensor:
+    """Softmax of the scores: q (n · K, G · queries, D) and k (n · K, keys, D) to (n · K, G · queries, keys)."""
+    mask = _mask(group.queries, group.keys, window, q.shape[1] // group.queries, q.dtype)
+    return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)
 
 
 class _Rows(torch.autograd.Function):
@@ -178,38 +247,33 @@ class _Rows(torch.autograd.Function):
         lengths: tuple[int, ...],
         window: int,
     ) -> torch.Tensor:
-        heads, tokens, size = q.shape
-        grouped = q.view(k.shape[0], -1, tokens, size)
-        out = q.new_empty(tokens, heads, v.shape[-1])
-        kept = []
-        for block in _blocks(lengths, window):
-            p = block.probabilities(grouped, k, scale, window)
-            mixed = torch.bmm(p, block.of(v)).view(heads, block.queries, -1)
-            out[block.first : block.end] = mixed[:, : block.end - block.first].transpose(0, 1)
-            if block.kept:
+        layout = _layout(lengths, window, len(q), len(k))
+        kept, found = [], []
+        for group, asking, keys, values in zip(layout.groups, layout.ask(q), layout.see(k), layout.see(v), strict=True):
+            p = _probabilities(asking, keys, group, scale, window)
+            found.append(torch.bmm(p, values))
+            if group.keys <= _KEEP:
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale, ctx.lengths, ctx.window = scale, lengths, window
-        return out
+        ctx.scale, ctx.layout, ctx.window = scale, layout, window
+        return layout.answers(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
-        dout, scale, window = grads[0], ctx.scale, ctx.window
-        heads, tokens, size = q.shape
-        shared = k.shape[0]
-        grouped = q.view(shared, -1, tokens, size)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        scale, layout, window = ctx.scale, ctx.layout, ctx.window
         probabilities = iter(kept)
-        for block in _blocks(ctx.lengths, window):
-            first, end, asked = block.first, block.end, slice(block.first, block.first + block.queries)
-            p = next(probabilities) if block.kept else block.probabilities(grouped, k, scale, window)
-            d = dout[asked].transpose(0, 1).reshape(shared, -1, v.shape[-1])
-            block.of(dv).baddbmm_(p.transpose(1, 2), d)
-            dp = torch.bmm(d, block.of(v).transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p·(dp - Σ p·dp)
-            found = torch.bmm(ds, block.of(k)).mul_(scale).view(heads, block.queries, size)
-            dq[:, first:end] = found[:, : end - first]
-            queries = grouped[:, :, asked].reshape(shared, -1, size)
-            block.of(dk).baddbmm_(ds.transpose(1, 2), queries, alpha=scale)
-        return dq, dk, dv, None, None, None
+        for_q, for_k, for_v = [], [], []
+        laid = layout.ask(q), layout.see(k), layout.see(v), layout.ask(grads[0].transpose(0, 1))
+        for group, asking, keys, values, d in zip(layout.groups, *laid, strict=True):
+            if group.keys <= _KEEP:
+                p = next(probabilities)
+            else:
+                p = _probabilities(asking, keys, group, scale, window)
+            for_v.append(torch.bmm(p.transpose(1, 2), d))
+            dp = torch.bmm(d, values.transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p·(dp - Σ p·dp), by the scale
+            for_q.append(torch.bmm(ds, keys))
+            for_k.append(torch.bmm(ds.transpose(1, 2), asking))
+        dq, dk, dv = layout.answers(for_q), layout.shares(for_k), layout.shares(for_v)
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None, None, None
