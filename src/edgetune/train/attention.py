@@ -212,14 +212,19 @@ def _layout(lengths: tuple[int, ...], window: int, heads: int, shared: int) -> _
             queries = -(-(end - first) // _ROUND) * _ROUND
             found.setdefault((queries, first - start + queries), []).append((first, end, start))
         row += length
-    groups, asks, sees = [], [], []
+    groups: list[_Group] = []
+    asks: list[np.ndarray] = []
+    sees: list[np.ndarray] = []
     for (queries, keys), blocks in found.items():
-        most = max(1, _SCORES // (heads * queries * keys))
-        groups += [_Group(len(blocks[at : at + most]), queries, keys) for at in range(0, len(blocks), most)]
-        first, end, start = (np.array(place)[:, None] for place in zip(*blocks, strict=True))
-        for places, begin, count, among in ((asks, first, queries, heads), (sees, start, keys, shared)):
-            token = begin + np.arange(count)
-            token[token >= end] = -among  # negative for each head
+        left = len(blocks)
+        while left:
+            most = min(left, max(1, _SCORES // (heads * queries * keys)))
+            groups.append(_Group(1 << (most.bit_length() - 1), queries, keys))
+            left -= groups[-1].count
+        firsts, ends, starts = (np.array(place)[:, None] for place in zip(*blocks, strict=True))
+        for places, begins, count, among in ((asks, firsts, queries, heads), (sees, starts, keys, shared)):
+            token = begins + np.arange(count)
+            token[token >= ends] = -among  # negative for each head
             places.append((token[:, None] * among + np.arange(among)[:, None]).ravel())
     ask, see = np.concatenate(asks), np.concatenate(sees)
     return _Layout(
