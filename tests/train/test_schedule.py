@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.recipe import TrainSection
-from edgetune.train.schedule import passes, schedule, steps_a_pass
+from edgetune.train.schedule import filled, passes, schedule, steps_a_pass
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=200)
 
@@ -65,3 +65,13 @@ def test_passes_are_of_similar_size() -> None:
     lengths = [100, 200, 300, 400, 500, 600, 700, 800]
     sizes = [sum(lengths[row] for row in one) for one in passes(range(8), lengths, 2048)]
     assert sizes == [pytest.approx(1800, abs=100)] * 2
+
+
+@given(st.integers(1, 100_000))
+def test_passes_are_filled_up_to_few_sizes(tokens: int) -> None:
+    more = filled(tokens)
+    assert tokens <= more < tokens * 17 / 16 + 1 and filled(more) == more
+
+
+def test_there_are_sixteen_sizes_between_powers_of_two() -> None:
+    assert len({filled(tokens) for tokens in range(1025, 2049)}) == 16

@@ -142,9 +142,9 @@ def test_the_report_answers_prompts_before_and_after(base: Base, tmp_path: Path)
 
     from edgetune.train import samples
 
-    section = {**QUICK, "learning_rate": 0.3, "epochs": 6.0, "evaluations": 24, "scheduler": "constant", "samples": 2}
-    report = trained(base, tmp_path, section)
-    assert report["best_step"] != report["steps"]
+    section = {**QUICK, "learning_rate": 0.1, "epochs": 24.0, "evaluations": 24, "scheduler": "constant", "samples": 2}
+    report = trained(base, tmp_path, section, train=rows(2))  # learned by heart: other rows get worse
+    assert report["best_step"] < report["steps"]
     assert len(report["samples"]) == 2
     tokenizer = load_tokenizer(base.path)
     plain = load_model(base.path, dtype=torch.float32)
@@ -161,7 +161,7 @@ def test_other_methods_learn_too(base: Base, tmp_path: Path, section: dict[str, 
         del quick["rank"]
     report = trained(base, tmp_path, quick)
     assert report["validation"]["after"]["loss"] < report["validation"]["before"]["loss"] - 0.05
-    assert report["method"] == section["method"] and report["packed"] and report["padding"] == 0
+    assert report["method"] == section["method"] and report["packed"] and 0 <= report["padding"] < 1 / 16
     whole = report["trainable_parameters"] == report["parameters"]
     assert whole is (section["method"] == "full")
 

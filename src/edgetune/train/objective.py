@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from edgetune.data.batch import IGNORED, Encoded, collate
-from edgetune.train import fused
+from edgetune.train import fused, shards
 from edgetune.train.loss import LossHead, install
+from edgetune.train.schedule import filled
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # nats a token, of the mean loss
 
@@ -76,8 +77,8 @@ class Objective:
         """Rows to what `loss` and `score` take.
 
         Returns:
-            packed: `input_ids`, `position_ids` (1, T); `places` (N,), int64, where a learned token is predicted;
-            `targets` (1, N); `row_lengths`. Padded: `input_ids`, `attention_mask` (B, S); `places` (C,), the columns;
+            packed: `input_ids`, `position_ids` (1, T), filled up by a row of padding (`schedule.filled`); `places`
+            (N,), int64, where a learned token is predicted; `targets` (1, N); `row_lengths`. Padded: `input_ids`, `attention_mask` (B, S); `places` (C,), the columns;
             `targets` (B, C), -100 where nothing is learned.
         """
         if not self.packed:
@@ -86,13 +87,16 @@ class Objective:
             places = np.flatnonzero((labels != IGNORED).any(0))
             padded = {"input_ids": arrays["input_ids"], "attention_mask": arrays["attention_mask"]}
             return _tensors({**padded, "places": places, "targets": labels[:, places]})
-        ids = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
-        learned = np.concatenate([[False, *row.learned[1:]] for row in rows]).astype(bool)
-        positions = np.concatenate([np.arange(len(row.ids)) for row in rows])
+        lengths = [len(row.ids) for row in rows]
+        more = filled(sum(lengths)) - sum(lengths)
+        ids = np.concatenate([*(np.asarray(row.ids, dtype=np.int64) for row in rows), np.full(more, self.pad_id)])
+        learned = np.concatenate([*([False, *row.learned[1:]] for row in rows), np.zeros(more)]).astype(bool)
+        lengths += [more] if more else []
+        positions = np.concatenate([np.arange(length) for length in lengths])
         places = np.flatnonzero(learned)
         made = _tensors({"input_ids": ids[None], "position_ids": positions[None], "places": places - 1})
         made["targets"] = torch.from_numpy(ids[places])[None]
-        return {**made, "row_lengths": [len(row.ids) for row in rows]}
+        return {**made, "row_lengths": lengths}
 
     def loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The summed loss of a batch, float32, a scalar; the model is in training mode."""
@@ -107,7 +111,7 @@ class Objective:
         """Summed loss (nats), right tokens and learned tokens of `rows`; the model's mode is restored afterwards."""
         was_training = model.training
         model.eval()
-        device = next(model.parameters()).device
+        device = shards.device(model)
         batch = {name: v.to(device) if torch.is_tensor(v) else v for name, v in self.batch(rows).items()}
         count = int((batch["targets"] != IGNORED).sum())
         with torch.no_grad():

@@ -89,3 +89,12 @@ def passes(
         if all(size <= budget or len(one) == 1 for size, one in zip(held, found, strict=True)):
             return found
         count += 1
+
+
+def filled(tokens: int) -> int:
+    """Tokens that a packed pass of `tokens` is filled up to: the next of 16 sizes to the next power of two.
+
+    Libraries keep code for each size of a product that they meet; making it takes longer than some tokens more.
+    """
+    step = max(1, (1 << max(0, tokens - 1).bit_length()) // 32)
+    return -(-tokens // step) * step

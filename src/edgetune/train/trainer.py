@@ -30,7 +30,7 @@ from edgetune.train.evaluate import evaluate
 from edgetune.train.objective import Objective
 from edgetune.train.optimizer import default_learning_rate
 from edgetune.train.plot import plot_loss
-from edgetune.train.schedule import passes, schedule, steps_a_pass
+from edgetune.train.schedule import filled, passes, schedule, steps_a_pass
 from edgetune.train.stepping import Steps, arguments, trainer_class
 from edgetune.train.watch import Step, Watcher, stops
 
@@ -234,7 +234,7 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     a_pass = steps_a_pass(lengths, section, job.seed)
-    padding = 0.0 if objective.packed else _padding(steps[:a_pass], lengths, fit.pass_tokens)
+    padding = _padding(steps[:a_pass], lengths, fit.pass_tokens, objective.packed)
     return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score)
 
 
@@ -264,10 +264,10 @@ def _fit(section: TrainSection, job: Job, kept: Checkpoints, objective: Objectiv
     return settled
 
 
-def _padding(steps: Sequence[Step], lengths: np.ndarray, pass_tokens: int) -> float:
+def _padding(steps: Sequence[Step], lengths: np.ndarray, pass_tokens: int, packed: bool) -> float:
     """Share of what is computed that is padding."""
     cut = [[lengths[row] for row in one] for step in steps for one in passes(step.rows, lengths, pass_tokens)]
-    computed = sum(len(one) * max(one) for one in cut)
+    computed = sum(filled(int(sum(one))) if packed else len(one) * max(one) for one in cut)
     return 1 - sum(map(sum, cut)) / computed
 
 
