@@ -1,0 +1,59 @@
+"""Which grid each matrix of a model gets, and how its codes are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgetune.export.quantize.grid import Grid
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["min_max", "least_error", "gptq"]
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    default: the grid of every matrix that nothing else is said of.
+    modules: other grids, by a module's full name (`model.layers.3.mlp.down_proj`) or its last part (`down_proj`). A
+        fused matrix goes by its parts: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`. A tied embedding is the
+        head.
+    method: `gptq` calibrates on rows; `least_error` and `min_max` need none.
+    """
+
+    default: Grid
+    modules: Mapping[str, Grid] = field(default_factory=dict)
+    method: Method = "gptq"
+
+    def grid(self, name: str) -> Grid:
+        """The grid of a module, by its full name."""
+        return self.modules.get(name) or self.modules.get(name.rpartition(".")[2]) or self.default
+
+
+def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
+    """A fused matrix (rows, columns) or its bias (rows,) as the parts that the graph computes one by one.
+
+    Args:
+        name: the module's full name, such as `model.layers.3.self_attn.qkv_proj`.
+        config: the transformers configuration, which says how many rows each part has.
+
+    Returns:
+        Names and views of the parts; any other matrix as it is.
+    """
+    config = config.get_text_config()
+    owner, _, last = name.rpartition(".")
+    if last == "qkv_proj":
+        heads, own = config.num_attention_heads, config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        names, rows = ["q_proj", "k_proj", "v_proj"], [heads * size, own * size, own * size]
+    elif last == "gate_up_proj":
+        names, rows = ["gate_proj", "up_proj"], [tensor.shape[0] // 2] * 2
+    else:
+        return [(name, tensor)]
+    return [(f"{owner}.{part}", piece) for part, piece in zip(names, tensor.split(rows), strict=True)]
