@@ -95,7 +95,9 @@ def answers(
 def _greedy(model: Any, prompt: Sequence[int], count: int, stops: Collection[int]) -> list[int]:
     import torch
 
-    device = next(model.parameters()).device
+    from edgetune.train import shards
+
+    device = shards.device(model)
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(context, int):
         count = min(count, context - len(prompt))

@@ -22,6 +22,14 @@ def divided(trainer: Any) -> bool:
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
+def device(model: Any) -> torch.device:
+    """Where the model computes; an engine that offloads weights keeps them elsewhere."""
+    p = next(model.parameters())
+    if _divided(p) and torch.cuda.is_available():
+        return torch.device("cuda", place().local_rank)
+    return p.device
+
+
 def parameters(model: Any, trained_only: bool = False) -> int:
     """Parameters of the model, or those that are trained, wherever they lie; a tied matrix counts once."""
     chosen = (p for p in model.parameters() if p.requires_grad or not trained_only)
