@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune import recipe, recipe_file
@@ -89,6 +89,12 @@ def test_a_key_in_the_wrong_section_is_found(tmp_path: Path) -> None:
     [
         ("train.rank=0", "greater than or equal to 1"),
         ("train.rank=x", "valid integer"),
+        ("train.rank=true", "must be a number, not true"),
+        ("train.epochs=yes", "must be a number, not true"),
+        ("train.weight_decay=.inf", "finite number"),
+        ("train.max_grad_norm=.nan", "finite number"),
+        ("train.learning_rate=.nan", "finite number"),
+        ("train.learning_rate_multiplier=1e9", "less than or equal to 1000"),
         ("train.epochs=1e30", "less than or equal to 10000"),
         ("data.train=[]", "at least 1"),
         ("train=3", "must be a mapping"),
@@ -162,6 +168,11 @@ def test_wrong_values_are_refused_with_the_override(tmp_path: Path, override: st
             "has no such error",
         ),
         ("train.early_stopping={patience: 9}", "train.early_stopping", "raise train.evaluations"),
+        (
+            "train.learning_rate=0.1 train.learning_rate_multiplier=20",
+            "train.learning_rate_multiplier",
+            "the learning rate would be 2",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense(tmp_path: Path, overrides: str, key: str, said: str) -> None:
@@ -210,6 +221,7 @@ def test_combinations_that_make_sense_and_are_read_again_when_resolved(tmp_path:
     assert recipe.Recipe.model_validate_json(found.model_dump_json()) == found
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_training_is_read_or_refused_at_one_of_its_keys(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -266,6 +278,7 @@ def test_not_utf8_missing_folder_and_near_name(tmp_path: Path, monkeypatch: pyte
         recipe_file.load("quickstrat")
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -290,6 +303,7 @@ def test_anything_is_read_or_refused_with_a_message(tmp_path_factory: pytest.Tem
         assert str(error)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_override_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = written(tmp_path_factory.getbasetemp(), MINIMAL, "minimal.yaml")

@@ -10,8 +10,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from edgetune.errors import InputError
-from edgetune.recipe import Section
 from edgetune.recipe_file import shipped
+from edgetune.recipe_section import Section
 
 
 class Target(Section):
