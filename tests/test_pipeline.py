@@ -18,8 +18,8 @@ from conftest import edgetune, write_jsonl
 from edgetune import recipe_file
 from edgetune.errors import InputError
 from edgetune.files import TMP_PREFIX
-from edgetune.pipeline import Pipeline, Result
-from edgetune.run import STAGES, RunFolder, read_manifest
+from edgetune.pipeline import Pipeline
+from edgetune.run import STAGES, Result, RunFolder, read_manifest
 from edgetune.summary import as_json, summary
 
 SETTINGS = """
@@ -142,6 +142,32 @@ def test_a_merge_alone_keeps_template_and_stop_token_of_the_training(project: Pa
     assert "You answer." in (project / "alone/chat_template.jinja").read_text()
     refused = edgetune("export", "alone", "--out", "runs/tiny/artifact")
     assert refused.returncode == 2 and "belongs to a run" in refused.stderr
+
+
+def test_qlora_merges_onto_either_base_with_the_loss_of_both(project: Path) -> None:
+    onto = {}
+    for which in ("trained", "full-precision"):
+        told = run("train.method=qlora", "train.max_steps=1", f"merge.onto={which}", until="merge").reports["merge"]
+        assert told["onto"] == which and set(told["validation_loss"]) == {"trained", "full-precision"}
+        onto[which] = read_manifest(project / "runs/tiny/merged")["outputs"]["model.safetensors"]["sha256"]
+    assert onto["trained"] != onto["full-precision"]
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.train import quantize, trackers
+
+    for module in (quantize, trackers):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for override, said in [
+        ("train.method=qlora", r"edgetune\[qlora\]"),
+        ("train.optimizer=adamw_8bit", r"edgetune\[qlora\]"),
+        ("train.trackers=[trackio]", r"edgetune\[trackers\]"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            run(override)
+    assert not (project / "runs").exists()
 
 
 def test_kill_9_in_every_stage_then_the_same_result(project: Path) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from edgetune import registry
 from edgetune.cli import app
-from edgetune.pipeline import Result
+from edgetune.run import Result
 from edgetune.summary import summary
 
 SAMPLES = [

@@ -11,41 +11,21 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.examine import train_files, validation_files
-from edgetune.errors import GateError, InputError, require_extra
+from edgetune.errors import InputError, require_extra
 from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
-from edgetune.run import STAGES, RunFolder, Work, seal
+from edgetune.run import STAGES, Result, RunFolder, Work, seal
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
     from edgetune.models import Base
     from edgetune.train.crew import Crew
     from edgetune.train.trainer import Job
-
-
-@dataclass
-class Result:
-    """What a run did.
-
-    Attributes:
-        path: the run folder.
-        recipe: the recipe and its overrides, as arguments of a command line.
-        done: for each stage why it was done, or None where it was fresh.
-        reports: each stage's report.
-        missed: what the gate said if a limit was missed; bench was not run then.
-    """
-
-    path: Path
-    recipe: str
-    done: dict[str, str | None] = field(default_factory=dict)
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    missed: GateError | None = None
 
 
 class Pipeline:
@@ -97,7 +77,7 @@ class Pipeline:
         wanted = STAGES[: STAGES.index(until) + 1]
         if first and first not in wanted:
             raise InputError(f"--from {first} lies after --until {until}", fix=f"stages in order: {', '.join(STAGES)}")
-        self._look_before(wanted)
+        self.look_before(wanted)
         self._resume = resume and not force
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
@@ -126,12 +106,13 @@ class Pipeline:
                 forget_run(path.absolute())
             raise
 
-    def _look_before(self, stages: Sequence[str]) -> None:
-        """Refuse what is sure to fail later, before anything is fetched or written."""
+    def look_before(self, stages: Sequence[str]) -> None:
+        """Refuse what is sure to fail later (InputError), before anything is fetched or written."""
         from edgetune.export.targets import load_target
-        from edgetune.train import trackers
+        from edgetune.train import method, trackers
 
         require_extra("train")
+        method.require_installed(self.recipe.train)
         trackers.check(self.recipe.train.trackers)
         if "export" in stages:
             require_extra("export")
@@ -320,7 +301,7 @@ class Pipeline:
             return str(json.loads(next(itertools.islice(file, row, None)))["where"])
 
     def _merge(self, work: Work) -> None:
-        from edgetune.train.merge import merge
+        from edgetune.train.merge import LOSS_ROWS, merge
 
         require_space(self.folder.path, 4 * int(self.folder.report("train")["parameters"]), "the merged model")
         rows = [row.ids[:512] for row in self._encoded("validation", self.recipe.merge.rows)]
@@ -333,6 +314,7 @@ class Pipeline:
                 trust_remote_code=self.recipe.model.trust_remote_code,
                 report=report,
                 merged=merged,
+                validation=self._encoded("validation", LOSS_ROWS),
             )
 
     def _export(self, work: Work) -> None:

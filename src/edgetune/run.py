@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from edgetune import __version__
-from edgetune.errors import InputError
+from edgetune.errors import GateError, InputError
 from edgetune.files import HashCache, digest, read_json, remove_leftovers, write_json
 
 MANIFEST = "manifest.json"
@@ -59,6 +59,25 @@ class Work:
                 "options": self.options,
             }
         )
+
+
+@dataclass
+class Result:
+    """What a run did.
+
+    Attributes:
+        path: the run folder.
+        recipe: the recipe and its overrides, as arguments of a command line.
+        done: for each stage why it was done, or None where it was fresh.
+        reports: each stage's report.
+        missed: what the gate said if a limit was missed; bench was not run then.
+    """
+
+    path: Path
+    recipe: str
+    done: dict[str, str | None] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missed: GateError | None = None
 
 
 class RunFolder:

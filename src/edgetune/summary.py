@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgetune.pipeline import Result
+from edgetune.run import Result
 from edgetune.train.samples import beginning, ending
 
 _WIDTH = 100  # characters of a sample that the table shows

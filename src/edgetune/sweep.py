@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from edgetune import progress
-from edgetune.errors import EdgetuneError, InputError, first_line, from_system_error, require_extra
+from edgetune.errors import EdgetuneError, InputError, first_line, from_system_error
 from edgetune.files import digest, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe, load
 from edgetune.run import STAGES, RunFolder, read_manifest
@@ -30,7 +30,8 @@ from edgetune.sweep_report import as_json, plot, short_keys, shown
 
 if TYPE_CHECKING:
     from edgetune.models import Base
-    from edgetune.pipeline import Pipeline, Result
+    from edgetune.pipeline import Pipeline
+    from edgetune.run import Result
 
 _OWN = ("name", "runs_dir")  # decide where the points lie, so they cannot differ between them
 _LONGEST_NAME = 100  # of a run, see recipe.RunName
@@ -233,22 +234,19 @@ def run(sweep: Sweep, until: str = "train") -> None:
 
 def _prepared(sweep: Sweep, until: str) -> list[Pipeline]:
     """A pipeline for each point. Refuses what is sure to fail, and fetches the base models."""
-    from edgetune.export.targets import load_target
     from edgetune.pipeline import Pipeline
-    from edgetune.train.trackers import check
+    from edgetune.train import crew, distributed
 
-    require_extra("train")
-    if STAGES.index(until) >= STAGES.index("export"):
-        require_extra("export")
     pipelines = []
     for point in sweep.points:
-        recipe = point.loaded.recipe
-        load_target(recipe.export.target)
-        check(recipe.train.trackers)
-        model = digest(recipe.model.model_dump())
-        pipeline = Pipeline(point.loaded, sweep.bases.get(model))
+        model = digest(point.loaded.recipe.model.model_dump())
+        section = point.loaded.recipe.train
+        several = crew.find(section, None, None, {})  # with `train.distributed` one a GPU of this machine
+        if several:
+            distributed.check(section, several.size)
+        pipeline = Pipeline(point.loaded, sweep.bases.get(model), several)
+        pipeline.look_before(STAGES[: STAGES.index(until) + 1])
         sweep.bases[model] = pipeline.base()
-        pipeline.work("data")  # its files are there
         pipelines.append(pipeline)
     return pipelines
 
