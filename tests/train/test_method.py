@@ -241,13 +241,16 @@ def test_a_validation_leaves_the_4_bit_gradient_as_it_was(base: Base, dtype: str
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target_modules": ["q_prj"]}, r"no layer q_prj.*\n.*q_proj.*all-linear"),
-        ({"modules_to_save": ["hed"]}, r"no layer hed.*\n.*lm_head"),
+        ({"target_modules": ["q_prj"]}, r"no layer `q_prj`.*\n.*q_proj.*all-linear"),
+        ({"modules_to_save": ["hed"]}, r"no layer `hed`.*\n.*lm_head"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"one matrix.*\n.*modules_to_save: \[lm_head\]"),
         ({"target_modules": ["embed_tokens"]}, "one matrix"),
         ({"rank": 40, "initialization": "pissa"}, "k_proj has 32"),
         ({"rank": 40, "initialization": "olora", "target_modules": ["k_proj"]}, "has 32"),
-        ({"target_modules": ["input_layernorm"]}, "no adapter fits"),
+        ({"target_modules": ["input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm, .*\n.*q_proj"),
+        ({"target_modules": ["layers"]}, r"model\.layers is a ModuleList"),
+        ({"modules_to_save": ["self_attn"]}, r"self_attn is a LlamaAttention, no single layer\n.*norm"),
+        ({"modules_to_save": ["model"]}, r"model is a LlamaModel"),
     ],
 )
 def test_layers_that_cannot_be_trained(base: Base, options: dict[str, Any], said: str) -> None:

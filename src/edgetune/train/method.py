@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,21 +209,13 @@ def _with_adapter(model: Any, section: TrainSection) -> Any:
 
 
 def _check_layers(model: Any, section: TrainSection) -> None:
-    """Refuse names that the model does not have, and what cannot be merged."""
+    """Refuse names that the model does not have, what takes no adapter, and what cannot be merged."""
     modules = dict(model.named_modules())
-    here = {name.rsplit(".", 1)[-1] for name, module in modules.items() if hasattr(module, "weight")}
+    weighted = {name for name, module in modules.items() if getattr(module, "weight", None) is not None}
+    matrices = {name for name in weighted if modules[name].weight.ndim > 1}
     targets = [] if section.target_modules == "all-linear" else section.target_modules
-    for key, names in (("target_modules", targets), ("modules_to_save", section.modules_to_save)):
-        missing = [
-            name for name in names if not any(full == name or full.endswith(f".{name}") for full in modules if full)
-        ]
-        if missing:
-            raise InputError(
-                f"the model has no layer {', '.join(missing)}",
-                where=f"train.{key}",
-                fix=f"choose from {', '.join(sorted(n for n in here if not n.isdigit()))}"
-                + (", or all-linear" if key == "target_modules" else ""),
-            )
+    _check_names(modules, matrices, targets, "target_modules", "to which no adapter can be put", ", or all-linear")
+    _check_names(modules, weighted, section.modules_to_save, "modules_to_save", "no single layer", "")
     both = sorted({name.rsplit(".", 1)[-1] for name in targets} & _tied(model))
     if both:
         raise InputError(
@@ -235,10 +227,30 @@ def _check_layers(model: Any, section: TrainSection) -> None:
         _check_rank(modules, section, targets)
 
 
+def _named(full: str, name: str) -> bool:
+    """Whether a module of this full name is meant by `name`, as peft reads it."""
+    return full == name or full.endswith(f".{name}")
+
+
+def _check_names(
+    modules: dict[str, Any], fit: Collection[str], names: Sequence[str], key: str, otherwise: str, also: str
+) -> None:
+    """Refuse names of no module, and of a module that is not among those that `fit`."""
+    choice = sorted({name.rsplit(".", 1)[-1] for name in fit if not name.rsplit(".", 1)[-1].isdigit()})
+    where, fix = f"train.{key}", f"choose from {', '.join(choice)}{also}"
+    for name in names:
+        found = [full for full in modules if full and _named(full, name)]
+        if not found:
+            raise InputError(f"the model has no layer `{name}`", where=where, fix=fix)
+        wrong = next((full for full in found if full not in fit), None)
+        if wrong is not None:
+            raise InputError(f"{wrong} is a {type(modules[wrong]).__name__}, {otherwise}", where=where, fix=fix)
+
+
 def _check_rank(modules: dict[str, Any], section: TrainSection, targets: Sequence[str]) -> None:
     for name, module in modules.items():
         size = min(getattr(module, "in_features", section.rank), getattr(module, "out_features", section.rank))
-        wanted = not targets or any(name == target or name.endswith(f".{target}") for target in targets)
+        wanted = not targets or any(_named(name, target) for target in targets)
         if wanted and size < section.rank:
             raise InputError(
                 f"{section.initialization} takes {section.rank} directions from each layer, {name} has {size}",
