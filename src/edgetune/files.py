@@ -25,7 +25,7 @@ TMP_PREFIX = ".tmp-"
 
 
 def home() -> Path:
-    """edgetune's own folder: models, leases, hash cache. `EDGETUNE_HOME`, else the user's cache folder."""
+    """edgetune's own folder: models, encoded rows, leases, hash cache. `EDGETUNE_HOME`, else the user's cache folder."""
     if explicit := os.environ.get("EDGETUNE_HOME"):
         return Path(explicit).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
