@@ -104,6 +104,7 @@ def test_every_point_has_a_folder_of_its_own_that_is_a_run_name(project: Path) -
         (["train.rank=8", "16"], "without spaces"),
         (["export.target=cpu-int8,cpu-int4"], "no part in training"),
         (["name=a,b"], "no part in training"),
+        (["train.rank=8,16", "train.distributed.engine=ddp"], "in one process"),
         (["train.evaluations=1,4", "train.early_stopping={patience: 2}"], "could never stop"),
     ],
 )

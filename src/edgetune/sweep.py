@@ -99,7 +99,7 @@ def read(recipe: str, items: Sequence[str]) -> Sweep:
 
     Raises:
         InputError: an unknown key, a value that does not fit, the same point twice, fewer than two points, a key that
-            has no part in training.
+            has no part in training, several processes.
     """
     given: dict[str, list[str]] = {}
     for item in items:
@@ -180,6 +180,12 @@ def _overrides(texts: Mapping[str, str]) -> list[str]:
 def _point(recipe: str, texts: Mapping[str, str], axes: Sequence[str], folder: Path) -> Point:
     common = _overrides({key: text for key, text in texts.items() if key not in _OWN})
     found = load(recipe, common).recipe.model_dump()
+    if found["train"]["distributed"]:
+        raise InputError(
+            "a sweep trains each point in one process",
+            where="train.distributed",
+            fix="remove it (train.distributed=null), or run the points one by one with `edgetune train`",
+        )
     values = {key: _at(found, key) for key in axes}
     named = str(folder) if yaml.safe_load(str(folder)) == str(folder) else json.dumps(str(folder))
     return Point(values, load(recipe, [*common, f"runs_dir={named}", f"name={_name(values)}"]))
