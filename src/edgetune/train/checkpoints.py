@@ -32,6 +32,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str, resume: bool) -> None:
         self.folder, self._writes = folder, distributed.place().first
+        self._metrics_file = folder / "metrics.jsonl"
         mark = folder / "key.json"
         same = mark.is_file() and read_json(mark) == {"key": key}
         if self._writes:
@@ -73,6 +74,7 @@ class Checkpoints:
         """Mark the checkpoint of `step`, just written, as whole, and drop those before the previous one."""
         if not self._writes:
             return
+        self._write_metrics()
         path = self.folder / f"checkpoint-{step}"
         write_json(path / _MARK, {file.name: sha256_file(file) for file in path.iterdir() if file.is_file()})
         older = [p for p in self.folder.glob("checkpoint-*") if int(p.name.rsplit("-", 1)[1]) < step]
@@ -80,9 +82,11 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Add a row to `metrics.jsonl`."""
+        """Add a row to `metrics.jsonl`. It is sure to last once a checkpoint is complete: who resumes needs it only then."""
         self.metrics.append(row)
-        self._write_metrics()
+        if self._writes:
+            with self._metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def keep_best(self, model: Any, step: int, loss: float) -> None:
         """Keep the adapter as the best so far."""
@@ -111,12 +115,18 @@ class Checkpoints:
         return [(row["step"], row["validation_loss"]) for row in self.metrics if "validation_loss" in row]
 
     def _read_metrics(self) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        found: list[dict[str, Any]] = []
+        if self._metrics_file.is_file():
+            for line in self._metrics_file.read_text(encoding="utf-8").splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:  # killed while it was written; no checkpoint is that late
+                    break
+        return found
 
     def _write_metrics(self) -> None:
         if self._writes:
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+            write_text(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.metrics))
 
 
 def _trained(model: Any) -> dict[str, Any]:
