@@ -23,6 +23,21 @@ _IMPORT_S = 3.0
 _HEAD_MB = 80.0  # logits and their slopes, a piece at a time
 _SPARE = 1.1  # what the allocator holds beside what is used
 
+# What of the recipe's `train` decides how long a pass takes and what it keeps, beside its tokens.
+_MEASURED = (
+    "method",
+    "rank",
+    "dropout",
+    "target_modules",
+    "modules_to_save",
+    "initialization",
+    "neftune_alpha",
+    "packing",
+    "optimizer",
+    "dtype",
+    "threads",
+)
+
 _bases: dict[Any, Base] = {}  # by path: what is cached by must be hashable
 
 Estimates = dict[str, dict[str, float]]
@@ -55,7 +70,8 @@ def _train(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[dict[str
     a_step = section.gradient_accumulation * (section.batch_tokens or (section.batch_size or DEFAULT_ROWS) * row)
     measured = min(a_step, section.pass_tokens or DEFAULT_PASS_TOKENS)
     _bases[base.path] = base
-    found = _calibration(section.model_dump_json(), base.path, row, measured, recipe.model.trust_remote_code)
+    decides = section.model_dump_json(include=set(_MEASURED))
+    found = _calibration(decides, base.path, row, measured, recipe.model.trust_remote_code)
     free = psutil.virtual_memory().available - found.weight_bytes
     fit = choose(section, lambda: found.once, lambda: found.twice, room(free, found.trainable), tokens["longest"])
     kept = (found.twice if fit.checkpointing else found.once).of(min(fit.pass_tokens, a_step), tokens["longest"])

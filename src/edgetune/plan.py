@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edgetune.pipeline import Pipeline
 from edgetune.recipe import Recipe
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import STAGES
+from edgetune.train import method, trackers
 
 _NOTHING = {"train": 0, "validation": 0, "rows": 0, "longest": 0}
 
@@ -36,7 +38,8 @@ def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: b
     """
     recipe = loaded.recipe
     checks: list[dict[str, Any]] = []
-    installed = _installed(checks)
+    wanted = STAGES[: STAGES.index(until or STAGES[-1]) + 1]
+    installed = _installed(recipe, wanted, checks)
     base = _base(recipe, checks) if installed else None
     tokens = _tokens(recipe, base, checks)
     estimates = _estimated(recipe, base, tokens, checks) if base and tokens["train"] else {}
@@ -44,7 +47,7 @@ def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: b
     stages = []
     upstream: str | None = None
     forced = force
-    for stage in STAGES[: STAGES.index(until or STAGES[-1]) + 1]:
+    for stage in wanted:
         forced = forced or stage == first
         if forced:
             why: str | None = "asked for"
@@ -93,10 +96,13 @@ def rows(planned: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return found
 
 
-def _installed(checks: list[dict[str, Any]]) -> bool:
+def _installed(recipe: Recipe, stages: Sequence[str], checks: list[dict[str, Any]]) -> bool:
     try:
-        for extra in ("train", "export"):
-            require_extra(extra)
+        require_extra("train")
+        method.require_installed(recipe.train)
+        trackers.check(recipe.train.trackers)
+        if "export" in stages:
+            require_extra("export")
     except InputError as error:
         checks.append({"ok": False, "what": str(error)})
         return False
@@ -147,6 +153,8 @@ def _tokens(recipe: Recipe, base: Base | None, checks: list[dict[str, Any]]) -> 
     sides = [f"{told['rows'][side]} {side} rows, {told['tokens'][side]:,} tokens" for side in ("train", "validation")]
     checks.append({"ok": True, "what": f"data: {'; '.join(sides)}"})
     checks += [{"ok": True, "what": f"data: {warning}"} for warning in told["warnings"]]
+    if "train" not in told["length"]:  # no row can be used
+        return dict(_NOTHING)
     return {**told["tokens"], "rows": told["rows"]["train"], "longest": told["length"]["train"]["max"]}
 
 

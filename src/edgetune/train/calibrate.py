@@ -22,6 +22,7 @@ from edgetune.data.batch import Encoded
 from edgetune.models import Base
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
+from edgetune.train.threads import threads
 
 _SHALLOW, _DEEP = 1, 9  # layers of the two models; the second one fewer where layers are large
 _PARAMETERS = 150_000_000  # that the second model's layers have at most, if that leaves it two
@@ -82,7 +83,7 @@ def calibrate(
     import psutil
     import transformers
 
-    with quiet():
+    with quiet(), threads(section.threads):
         config = transformers.AutoConfig.from_pretrained(
             base.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
