@@ -10,8 +10,8 @@ import typer
 from edgetune.cli._common import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from edgetune.pipeline import Result
     from edgetune.recipe_file import LoadedRecipe
+    from edgetune.run import Result
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
