@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_each_sweep_lowers_the_output_error(weight: torch.Tensor, grid: Grid) ->
     errors = [
         _error(weight, gptq(weight, factored, grid, sweeps=sweeps).dequantize(), hessian) for sweeps in (0, 1, 2, 4)
     ]
-    assert all(after <= before * (1 + 1e-4) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
     assert errors[-1] < 0.97 * errors[0]
 
 

@@ -1,0 +1,217 @@
+"""A model is quantized layer by layer, written, built into a graph, and computes what its weights on the grid compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgetune.errors import InputError
+from edgetune.export.quantize.calibrate import quantize_model
+from edgetune.export.quantize.checkpoint import Checkpoint
+from edgetune.export.quantize.graph import put_embedding
+from edgetune.export.quantize.grid import Grid, Quantized
+from edgetune.export.quantize.plan import Plan, parts_of
+from edgetune.export.quantize.weights import Weights, skeleton
+from edgetune.models import load_model
+
+MIXED = Plan(
+    Grid(4, 16, True), {"v_proj": Grid(8, 32), "model.layers.1.mlp.down_proj": Grid(8, 64), "lm_head": Grid(8, 32)}
+)
+
+
+def _rows(count: int = 24, length: int = 60) -> list[list[int]]:
+    made = torch.Generator().manual_seed(0)
+    return torch.randint(3, 384, (count, length), generator=made).tolist()
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A random 2-layer Phi-3, untied, with fused matrices, as a folder; the tokenizer is the tiny model's."""
+    import shutil
+
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("phi3") / "model"
+    torch.manual_seed(1)
+    config = Phi3Config(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        original_max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tiny_model / name, folder / name)
+    return folder
+
+
+def _quantized(folder: Path, plan: Plan, rows: Any = ()) -> dict[str, Quantized]:
+    found: dict[str, Quantized] = {}
+    quantize_model(folder, plan, rows, found.__setitem__)
+    return found
+
+
+def _rounded(folder: Path, found: dict[str, Quantized]) -> Any:
+    """The float model with the weights that lie on the grid."""
+    model = load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                parts = [found[part].dequantize() for part, _ in parts_of(name, module.weight, model.config)]
+                module.weight.copy_(torch.cat(parts))
+        model.lm_head.weight.copy_(found["lm_head"].dequantize())
+        embedding = found.get("model.embed_tokens", found["lm_head"])
+        model.get_input_embeddings().weight.copy_(embedding.dequantize())
+    return model
+
+
+def _divergence(model: Any, other: Any, rows: list[list[int]]) -> float:
+    with torch.inference_mode():
+        p, q = (one(input_ids=torch.tensor(rows)).logits.log_softmax(-1) for one in (model, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_a_skeleton_with_its_weights_is_the_model(model: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    bare, whole = skeleton(folder), load_model(folder, dtype=torch.float32)
+    assert all(parameter.is_meta for parameter in bare.parameters())
+    with Weights(folder) as weights:
+        for name in ("layers", "norm"):
+            weights.fill(getattr(bare.model, name), f"model.{name}")
+        bare.model.embed_tokens.weight = torch.nn.Parameter(weights.get("model.embed_tokens.weight"))
+    ids = torch.tensor([[5, 6, 7, 300]])
+    with torch.inference_mode():
+        assert torch.equal(bare.model(input_ids=ids).last_hidden_state, whole.model(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_every_matrix_comes_once_on_the_grid_of_the_plan(model: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    names: list[str] = []
+    found: dict[str, Quantized] = {}
+
+    def keep(name: str, one: Quantized) -> None:
+        names.append(name)
+        found[name] = one
+
+    quantize_model(folder, MIXED, _rows(), keep)
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    wanted = {f"model.layers.{layer}.{part}" for layer in range(2) for part in parts} | {"lm_head"}
+    assert set(names) == wanted | ({"model.embed_tokens"} if model == "phi3" else set())
+    assert len(names) == len(set(names))
+    assert all(one.grid == MIXED.grid(name) for name, one in found.items())
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_calibration_is_closer_to_the_model_than_rounding(model: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    whole, fresh = load_model(folder, dtype=torch.float32), _rows(100)[80:]
+    apart = {
+        method: _divergence(whole, _rounded(folder, _quantized(folder, plan, _rows(80))), fresh)
+        for method in ("min_max", "gptq")
+        for plan in [Plan(Grid(4, 32), {"lm_head": Grid(8, 32)}, method)]
+    }
+    assert apart["gptq"] < 0.85 * apart["min_max"]
+
+
+def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
+    checkpoint, artifact = folder / "checkpoint", folder / "artifact"
+    checkpoint.mkdir()
+    artifact.mkdir()
+    writer = Checkpoint(checkpoint, merged, plan)
+    quantize_model(merged, plan, rows, writer.keep, layer_done=writer.layer_done)
+    writer.finish()
+    job = {
+        "model": str(checkpoint),
+        "out": str(artifact),
+        "precision": "int4",
+        "provider": "cpu",
+        "cache": str(folder / "cache"),
+        "options": {"shared_embeddings": "false", "fuse_qkv": "false", "accuracy_level": "1"},  # 1: float32 sums
+    }
+    reading, writing = os.pipe()  # the builder's process ends when this end is closed
+    command = [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)]
+    done = subprocess.run(command, stdin=reading, capture_output=True, text=True, timeout=120)
+    os.close(reading)
+    os.close(writing)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    put_embedding(artifact / "model.onnx", checkpoint)
+    return artifact
+
+
+def _logits(artifact: Path, ids: list[int]) -> torch.Tensor:
+    from edgetune.export.verify import Graph
+
+    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    return Graph(artifact, config).logits(ids)
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_the_graph_computes_with_the_weights_on_the_grid(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    artifact = _build(folder, MIXED, _rows(), tmp_path)
+    rounded, ids = _rounded(folder, _quantized(folder, MIXED, _rows())), list(range(5, 60))
+    with torch.inference_mode():
+        wanted = rounded(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(_logits(artifact, ids), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_embedding_is_on_disk_once(tiny_model: Path, tmp_path: Path) -> None:
+    import onnx_ir
+
+    artifact = _build(tiny_model, Plan(Grid(8, 32), {}, "min_max"), (), tmp_path)
+    weights = onnx_ir.load(artifact / "model.onnx").graph.initializers
+    head, embedding = (
+        weights["lm_head.MatMulNBits.qweight"].const_value,
+        weights["model.embed_tokens.codes"].const_value,
+    )
+    assert isinstance(head, onnx_ir.ExternalTensor)
+    assert isinstance(embedding, onnx_ir.ExternalTensor)
+    assert (head.offset, head.length) == (embedding.offset, embedding.length)
+    named = sum(value.const_value.nbytes for value in weights.values() if value.const_value is not None)
+    stored = (artifact / "model.onnx.data").stat().st_size
+    assert stored < named - head.length  # where the matrix lay twice, so would its bytes
+
+
+def test_a_block_that_does_not_divide_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="does not divide") as refused:
+        _quantized(tiny_model, Plan(Grid(4, 128), {}, "min_max"))
+    assert "block of 64" in str(refused.value.fix)
+
+
+def test_too_few_rows_are_refused_before_anything_is_read(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="too few to calibrate"):
+        _quantized(tiny_model, Plan(Grid(4, 32)), [[1, 2, 3]])
+
+
+def test_weights_that_are_not_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers"):
+        _quantized(broken, Plan(Grid(4, 32), {}, "least_error"))
