@@ -141,6 +141,7 @@ def test_wrong_values_are_refused_with_the_override(tmp_path: Path, override: st
         ("train.initialization=pissa train.dropout=0.1", "train.dropout", "switch off"),
         ("train.initialization=olora train.dropout=0.1", "train.dropout", "switch off"),
         ("train.batch_size=4 train.batch_tokens=1000", "train.batch_tokens", "keep one of"),
+        ("train.distributed.zero_stage=2", "train.distributed.zero_stage", "DeepSpeed's, the engine is ddp"),
         ("train.distributed.zero_stage=3", "train.distributed.zero_stage", "DeepSpeed's, the engine is ddp"),
         (
             "train.distributed={engine: fsdp, zero_stage: 1}",

@@ -10,12 +10,15 @@ import gc
 import json
 import math
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from edgetune.models import Base
 from edgetune.recipe import Recipe, TrainSection
+
+if TYPE_CHECKING:
+    from edgetune.train.calibrate import Calibration
 
 _BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows
 _LOAD_MB_S = 250.0  # reading weights and laying them out
@@ -43,13 +46,16 @@ _bases: dict[Any, Base] = {}  # by path: what is cached by must be hashable
 Estimates = dict[str, dict[str, float]]
 
 
-def estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[Estimates, list[str]]:
+def estimates(
+    recipe: Recipe, base: Base, tokens: dict[str, int], processes: int = 1, here: int = 1
+) -> tuple[Estimates, list[str]]:
     """Estimate every stage of a run.
 
     Args:
         recipe: the recipe.
         base: the base model, on this machine.
         tokens: `train`, `validation` (tokens of each side), `rows` (training rows), `longest` (tokens of a row).
+        processes, here: that train, in all and on this machine, whose memory is estimated.
 
     Returns:
         for each stage `seconds`, `memory_mb` (peak resident), `disk_mb`; and what was chosen for training, in words.
@@ -57,24 +63,35 @@ def estimates(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[Estim
     Raises:
         InputError: training cannot fit, or the method does not fit the model.
     """
-    train, said, parameters, forward_s = _train(recipe, base, tokens)
+    train, said, parameters, forward_s = _train(recipe, base, tokens, processes, here)
     return {**_others(recipe, base, tokens, parameters, forward_s), "train": train}, said
 
 
-def _train(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[dict[str, float], list[str], int, float]:
-    from edgetune.train.memory import OPTIMIZER_BYTES, choose, room
+def held_bytes(section: TrainSection, found: Calibration, kept: float, processes: int) -> float:
+    """Bytes that one of `processes` holds while it trains: weights, gradients, optimizer state and `kept` of activations."""
+    from edgetune.train.memory import optimizer_bytes, weight_bytes
+
+    weights = weight_bytes(section, found.weight_bytes, found.live_bytes, found.parameters, processes)
+    return weights + optimizer_bytes(section, found.trainable, processes) + _SPARE * kept
+
+
+def _train(
+    recipe: Recipe, base: Base, tokens: dict[str, int], processes: int, here: int
+) -> tuple[dict[str, float], list[str], int, float]:
+    from edgetune.train.memory import choose, room
     from edgetune.train.schedule import DEFAULT_PASS_TOKENS, DEFAULT_ROWS
 
     section = recipe.train
     row = max(1, round(tokens["train"] / max(1, tokens["rows"])))
     a_step = section.gradient_accumulation * (section.batch_tokens or (section.batch_size or DEFAULT_ROWS) * row)
-    measured = min(a_step, section.pass_tokens or DEFAULT_PASS_TOKENS)
+    a_share = max(row, a_step // processes)
+    measured = min(a_share, section.pass_tokens or DEFAULT_PASS_TOKENS)
     _bases[base.path] = base
     decides = section.model_dump_json(include=set(_MEASURED))
     found = _calibration(decides, base.path, row, measured, recipe.model.trust_remote_code)
-    free = psutil.virtual_memory().available - found.weight_bytes
-    fit = choose(section, lambda: found.once, lambda: found.twice, room(free, found.trainable), tokens["longest"])
-    kept = (found.twice if fit.checkpointing else found.once).of(min(fit.pass_tokens, a_step), tokens["longest"])
+    space = room(psutil.virtual_memory().available / here, held_bytes(section, found, 0.0, processes))
+    fit = choose(section, lambda: found.once, lambda: found.twice, space, tokens["longest"])
+    kept = (found.twice if fit.checkpointing else found.once).of(min(fit.pass_tokens, a_share), tokens["longest"])
     again = 4 / 3 if fit.checkpointing else 1.0  # forward, forward again and backward, in place of forward and backward
     learned = section.max_steps * a_step if section.max_steps else section.epochs * tokens["train"]
     validated = (1 + section.evaluations) * tokens["validation"]
@@ -83,20 +100,25 @@ def _train(recipe: Recipe, base: Base, tokens: dict[str, int]) -> tuple[dict[str
     seconds = (
         _IMPORT_S
         + file_mb / _LOAD_MB_S
-        + (learned * found.step_s * again + validated * found.forward_s) / found.tokens
+        + (learned * found.step_s * again + validated * found.forward_s) / found.tokens * here / processes
         + answers * (found.weight_bytes / 2e10 + 0.02)
     )
-    working = found.weight_bytes + OPTIMIZER_BYTES * found.trainable + _SPARE * kept
-    loading = found.weight_bytes + 1e6 * file_mb  # the file's pages count while it is copied
+    working = held_bytes(section, found, kept, processes)
+    loading = found.weight_bytes + 1e6 * file_mb  # the file's pages count while it is copied; each process loads it all
     said = [
         f"{found.trainable:,} of {found.parameters:,} parameters are trained, about "
         f"{found.tokens / found.step_s / again:,.0f} tokens/s, {fit.pass_tokens} tokens a pass"
     ]
     if fit.why:
         said.append(fit.why)
+    if processes > 1:
+        said.append(
+            f"{processes} processes, {here} of them here: each holds {working / 1e6:,.0f} MB while it trains and "
+            f"{loading / 1e6:,.0f} MB while it loads the model"
+        )
     told = {
         "seconds": seconds,
-        "memory_mb": found.runtime_mb + _HEAD_MB + max(working, loading) / 1e6,
+        "memory_mb": here * (found.runtime_mb + _HEAD_MB + max(working, loading) / 1e6),
         "disk_mb": 3 * 12 * found.trainable / 1e6,  # the adapter and two checkpoints with the optimizer's state
     }
     return told, said, found.parameters, found.forward_s / found.tokens

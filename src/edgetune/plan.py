@@ -21,16 +21,20 @@ from edgetune.recipe import Recipe
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import STAGES
 from edgetune.train import method, trackers
+from edgetune.train.crew import Crew
 
 _NOTHING = {"train": 0, "validation": 0, "rows": 0, "longest": 0}
 
 
-def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: bool) -> dict[str, Any]:
+def plan(
+    loaded: LoadedRecipe, *, first: str | None, until: str | None, force: bool, crew: Crew | None = None
+) -> dict[str, Any]:
     """Plan a run.
 
     Args:
         loaded: the recipe.
         first, until, force: as in `Pipeline.run`.
+        crew: the processes that train; one when None.
 
     Returns:
         `recipe` (resolved), `run`, `stages` (each with `name`, `redo`, `why` and estimates: `seconds`, `memory_mb`,
@@ -42,7 +46,7 @@ def plan(loaded: LoadedRecipe, *, first: str | None, until: str | None, force: b
     installed = _installed(recipe, wanted, checks)
     base = _base(recipe, checks) if installed else None
     tokens = _tokens(recipe, base, checks)
-    estimates = _estimated(recipe, base, tokens, checks) if base and tokens["train"] else {}
+    estimates = _estimated(recipe, base, tokens, checks, crew) if base and tokens["train"] else {}
     pipeline = Pipeline(loaded, base)
     stages = []
     upstream: str | None = None
@@ -159,10 +163,10 @@ def _tokens(recipe: Recipe, base: Base | None, checks: list[dict[str, Any]]) -> 
 
 
 def _estimated(
-    recipe: Recipe, base: Base, tokens: dict[str, int], checks: list[dict[str, Any]]
+    recipe: Recipe, base: Base, tokens: dict[str, int], checks: list[dict[str, Any]], crew: Crew | None
 ) -> dict[str, dict[str, float]]:
     try:
-        found, said = estimates(recipe, base, tokens)
+        found, said = estimates(recipe, base, tokens, *((crew.size, crew.local) if crew else ()))
     except EdgetuneError as error:
         checks.append({"ok": False, "what": f"train: {error}"})
         return {}

@@ -22,8 +22,10 @@ class DistributedSection(Section):
     engine: Literal["ddp", "deepspeed", "fsdp"] = Field(
         "ddp", description="`ddp` copies the model to each process; `deepspeed` and `fsdp` divide it."
     )
-    zero_stage: Literal[1, 2, 3] = Field(
-        2, description="DeepSpeed only: 1 divides the optimizer state, 2 the gradients too, 3 the weights too."
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="DeepSpeed only, 2 when not given: 1 divides the optimizer state, 2 the gradients too, 3 the weights "
+        "too.",
     )
     offload: Literal["none", "cpu"] = Field(
         "none", description="`cpu` keeps what is divided in main memory; deepspeed and fsdp only."
@@ -31,7 +33,7 @@ class DistributedSection(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> DistributedSection:
-        if self.engine != "deepspeed" and changed(self, "zero_stage"):
+        if self.engine != "deepspeed" and self.zero_stage:
             raise refused(
                 "train.distributed.zero_stage",
                 f"zero_stage is DeepSpeed's, the engine is {self.engine}",
@@ -77,7 +79,7 @@ class TrainSection(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that goes to all other tokens.")
     epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, le=100_000_000, description="Optimizer steps; overrides `epochs`.")
+    max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; overrides `epochs`.")
     batch_size: int | None = Field(None, ge=1, description="Rows an optimizer step; 8 when nothing is given.")
     batch_tokens: int | None = Field(
         None, ge=8, description="Tokens an optimizer step, in place of `batch_size`: as many whole rows as fit."
@@ -233,7 +235,7 @@ class TrainSection(Section):
         engine = self.distributed
         if engine is None or engine.engine == "ddp":
             return self
-        by = f"deepspeed's stage {engine.zero_stage}" if engine.engine == "deepspeed" else "fsdp"
+        by = f"deepspeed's stage {engine.zero_stage or 2}" if engine.engine == "deepspeed" else "fsdp"
         if self.method == "qlora" and (engine.engine == "fsdp" or engine.zero_stage == 3):
             raise refused(
                 "train.distributed",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from conftest import edgetune, write_jsonl
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.recipe import TrainSection
-from edgetune.train import crew
+from edgetune.train import crew, memory
 from edgetune.train.crew import Crew, Host
 from edgetune.train.distributed import Place, check
 
@@ -77,6 +77,14 @@ def _engine(name: str) -> list[str]:
     return [f"train.distributed.{key}={value}" for key, value in ENGINES[name].items()]
 
 
+def _several(place: Path, processes: int) -> list[str]:
+    """Arguments for so many processes on this machine; a host file may name more than it has cores."""
+    if processes <= (os.cpu_count() or 1):
+        return ["--nproc", str(processes)]
+    (place / "here.txt").write_text(f"localhost slots={processes}\n")
+    return ["--hostfile", "here.txt"]
+
+
 def _metrics(place: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (place / "runs" / name / "train" / "metrics.jsonl").read_text().splitlines()]
 
@@ -108,8 +116,9 @@ def _same(place: Path, name: str, alone: list[dict[str, Any]]) -> None:
 def test_two_processes_learn_what_one_does(place: Path, alone: list[dict[str, Any]], engine: str) -> None:
     if "zero" in engine:
         pytest.importorskip("deepspeed")
-    done = _train(place, engine, *_engine(engine), "--nproc", "2")
+    done = _train(place, engine, *_engine(engine), *_several(place, 2), "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)  # nothing but the result
     _same(place, engine, alone)
     reports = [json.loads((place / "runs" / n / "train" / "report.json").read_text()) for n in ("alone", engine)]
     assert [report["processes"] for report in reports] == [1, 2]
@@ -120,23 +129,30 @@ def test_two_processes_learn_what_one_does(place: Path, alone: list[dict[str, An
     assert "Traceback" not in done.stderr
 
 
-def _interrupt(place: Path, name: str, *args: str) -> tuple[int, str]:
-    """Train with two processes, and kill one of them once there is a whole checkpoint."""
+def _interrupt(
+    place: Path, name: str, *args: str, who: str = "process", by: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Train with two processes, and kill one of them, or what started them, once there is a whole checkpoint."""
     with subprocess.Popen(
-        [sys.executable, "-m", "edgetune", "train", "r.yaml", f"name={name}", *args, "--nproc", "2"],
+        [sys.executable, "-m", "edgetune", "train", "r.yaml", f"name={name}", *args, *_several(place, 2)],
         cwd=place,
         env={**os.environ, "EDGETUNE_HOME": str(place / "home")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     ) as leader:
-        checkpoints = place / "runs" / name / "checkpoints"
-        deadline = time.monotonic() + 300
-        while not list(checkpoints.glob("checkpoint-*/complete.json")) and leader.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(_workers(leader.pid)[-1], signal.SIGKILL)
-        said = leader.communicate(timeout=300)[1]
+        try:
+            checkpoints = place / "runs" / name / "checkpoints"
+            while not list(checkpoints.glob("checkpoint-*/complete.json")):
+                assert leader.poll() is None
+                time.sleep(0.01)
+            workers = _workers(leader.pid)
+            assert len(workers) == 2
+            os.kill(workers[-1] if who == "process" else leader.pid, by)
+            said = leader.communicate(timeout=300)[1]
+        finally:
+            leader.kill()
+    _all_end(workers)
     return leader.returncode, said
 
 
@@ -146,13 +162,22 @@ def _workers(parent: int) -> list[int]:
     return sorted(child.pid for child in psutil.Process(parent).children() if "worker" in " ".join(child.cmdline()))
 
 
+def _all_end(workers: list[int]) -> None:
+    import psutil
+
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def _goes_on(place: Path, engine: str, processes: int) -> None:
     many = ["train.max_steps=40", "train.evaluations=20", "train.samples=0"]
     code, said = _interrupt(place, f"{engine}-killed", *many, *_engine(engine))
     assert code == 1
     assert re.search(r"error: train: process [01] of 2 was ended by SIGKILL", said)
     assert "Traceback" not in said
-    done = _train(place, f"{engine}-killed", *many, *_engine(engine), "--resume", "--nproc", str(processes))
+    done = _train(place, f"{engine}-killed", *many, *_engine(engine), "--resume", *_several(place, processes))
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stderr
     whole = _train(place, "whole", *many)
@@ -176,9 +201,26 @@ def test_each_engine_goes_on_with_three_processes(place: Path, engine: str) -> N
     _goes_on(place, engine, 3)
 
 
+@pytest.mark.parametrize(
+    ("by", "code", "says"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        pytest.param(signal.SIGINT, 130, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_no_process_outlives_the_command(place: Path, by: signal.Signals, code: int, says: str) -> None:
+    found, said = _interrupt(
+        place, f"{by.name}", "train.max_steps=4000", "train.evaluations=4000", who="command", by=by
+    )
+    assert found == code
+    assert says in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_an_error_in_a_process_is_the_commands_error(place: Path) -> None:
-    done = _train(place, "wrong", "train.target_modules=[no_proj]", "--nproc", "2")
+    done = _train(place, "wrong", "train.target_modules=[no_proj]", *_several(place, 2))
     assert done.returncode == 2
     assert "train.target_modules: the model has no layer no_proj" in done.stderr
     assert "Traceback" not in done.stderr
@@ -193,7 +235,7 @@ def test_whole_models_divided(place: Path) -> None:
     (place / "full.yaml").write_text(json.dumps(recipe))
     losses = []
     for name, more in (("full", []), ("full-zero3", _engine("zero3")), ("full-fsdp", _engine("fsdp"))):
-        args = ["full.yaml", f"name={name}", *more, *(["--nproc", "2"] if more else [])]
+        args = ["full.yaml", f"name={name}", *more, *(_several(place, 2) if more else [])]
         done = edgetune("train", *args, cwd=place, env={"EDGETUNE_HOME": str(place / "home")})
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in _metrics(place, name) if "loss" in row])
@@ -204,7 +246,7 @@ def test_whole_models_divided(place: Path) -> None:
 @pytest.mark.slow
 def test_three_divided_parts_merge(place: Path) -> None:
     pytest.importorskip("deepspeed")
-    assert _train(place, "merges", *_engine("zero3"), "--nproc", "3").returncode == 0
+    assert _train(place, "merges", *_engine("zero3"), *_several(place, 3)).returncode == 0
     home = {"EDGETUNE_HOME": str(place / "home")}
     done = edgetune("run", "r.yaml", "name=merges", *_engine("zero3"), "--until", "merge", cwd=place, env=home)
     assert done.returncode == 0, done.stderr
@@ -255,7 +297,7 @@ def _port() -> int:
 def test_who_trains_is_read_from_the_environment() -> None:
     section = TrainSection()
     assert crew.find(section, None, None, {}) is None
-    assert crew.find(section, 3, None, {}) == Crew((Host("localhost", 3),))
+    assert crew.find(section, 1, None, {}) == Crew((Host("localhost", 1),))
     tasks = {
         "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_STEP_NUM_NODES": "2",
@@ -265,13 +307,13 @@ def test_who_trains_is_read_from_the_environment() -> None:
         "SLURM_JOB_ID": "12",
     }
     found = crew.find(section, None, None, tasks)
-    assert found is not None and found.place == Place(5, 1, 8)
+    assert found is not None and found.place == Place(5, 1, 8, 4)
     assert (found.address, found.local, found.leads, found.size) == ("gpu07", 4, False, 8)
     # the script of a job, outside of srun, is no task of it
     assert crew.find(section, None, None, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
     machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}
-    found = crew.find(section, 2, None, machine)
-    assert found is not None and (found.size, found.leads, found.local) == (4, False, 2)
+    found = crew.find(section, 1, None, machine)
+    assert found is not None and (found.size, found.leads, found.local) == (2, False, 1)
     assert [crew.first_host(nodes) for nodes in ("a", "a,b", "n[1,3]", "x-[010-12,14],y")] == ["a", "a", "n1", "x-010"]
 
 
@@ -279,11 +321,14 @@ def test_who_trains_is_read_from_the_environment() -> None:
     ("nproc", "environment", "said"),
     [
         (0, {}, "--nproc is 0"),
-        (2, {"NNODES": "2"}, "no address"),
-        (2, {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be 0 to 1"),
-        (2, {"NNODES": "two"}, "`two` is no number"),
-        (2, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "started already"),
+        (99_999, {}, "--nproc is 99999, and this machine has"),
+        (1, {"NNODES": "2"}, "no address"),
+        (1, {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be 0 to 1"),
+        (1, {"NNODES": "two"}, "`two` is no number"),
+        (1, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "started already"),
         (None, {"WORLD_SIZE": "2", "RANK": "0"}, "no address"),
+        (None, {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a"}, "process 5 of 2"),
+        (None, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "99999 is no port"),
     ],
 )
 def test_who_cannot_train_is_told_why(nproc: int | None, environment: dict[str, str], said: str) -> None:
@@ -336,3 +381,24 @@ def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     section = TrainSection.model_validate({"distributed": {"engine": "deepspeed"}})
     with pytest.raises(InputError, match=r"edgetune\[deepspeed\]"):
         check(section, 2)
+
+
+def test_a_process_of_many_holds_less_the_more_is_divided() -> None:
+    def held(engine: dict[str, Any] | None, processes: int) -> float:
+        section = TrainSection.model_validate({"method": "full", "distributed": engine})
+        weights = memory.weight_bytes(section, 28e9, 2e9, 7_000_000_000, processes)
+        return weights + memory.optimizer_bytes(section, 7_000_000_000, processes)
+
+    alone = held(None, 1)
+    assert alone == 20 * 7e9
+    found = [held(ENGINES[name] or {"engine": "ddp"}, 8) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > alone > found[1]
+    assert held(ENGINES["zero3"], 64) < held(ENGINES["zero3"], 8) < alone / 5
+
+
+def test_the_plan_counts_the_processes(place: Path) -> None:
+    args = ["plan", "r.yaml", "name=planned", "train.distributed.engine=fsdp", "--until", "train", *_several(place, 2)]
+    done = edgetune(*args, cwd=place, env={"EDGETUNE_HOME": str(place / "home")})
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 processes, 2 of them here: each holds [\d,]+ MB while it trains", done.stdout)

@@ -51,10 +51,10 @@ def test_passes_shrink_then_activations_are_computed_twice_then_it_is_refused(
     objective: Objective, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = memory.activations(objective, model)
-    fixed = memory.OPTIMIZER_BYTES * model.num_parameters()
+    fixed = memory.optimizer_bytes(TrainSection(), model.num_parameters(), 1)
 
     def with_room(room: float, section: TrainSection, longest: int) -> memory.Fit:
-        monkeypatch.setattr(memory, "free", lambda model: fixed + room / memory._SHARE)
+        monkeypatch.setattr(memory, "free", lambda section, model: fixed + room / memory._SHARE)
         return memory.fit(section, objective, model, longest)
 
     assert with_room(2 * each.of(2048, 100), TrainSection(), 100) == memory.Fit(2048, False, None)

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
-from edgetune.cli.run import Overrides, Recipe, check_stage
+from edgetune.cli.run import HostFile, Overrides, Processes, Recipe, check_stage, who_trains
 from edgetune.errors import WRONG_INPUT
 
 if TYPE_CHECKING:
     from edgetune.recipe_file import LoadedRecipe
+    from edgetune.train.crew import Crew
 
 
 def command(
     recipe: Recipe,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Leave out what comes after this stage.")] = None,
+    nproc: Processes = None,
+    hostfile: HostFile = None,
     json: Json = False,
 ) -> None:
     """Say what a recipe takes on this machine: time, peak memory and disk of each stage, and whether it fits.
@@ -30,19 +33,29 @@ def command(
       edgetune plan quickstart
       edgetune plan recipe.yaml model.id=./larger-model train.method=qlora
       edgetune plan recipe.yaml train.batch_tokens=4096 --until train
+      edgetune plan recipe.yaml train.distributed.engine=fsdp --nproc 4
     """
     from edgetune.recipe_file import load
 
-    show(load(recipe, overrides or []), None, check_stage(until), False, json, with_recipe=False)
+    loaded = load(recipe, overrides or [])
+    crew = who_trains(loaded, nproc, hostfile)
+    show(loaded, None, check_stage(until), False, json, crew, with_recipe=False)
 
 
 def show(
-    loaded: LoadedRecipe, first: str | None, until: str | None, force: bool, json: bool, *, with_recipe: bool
+    loaded: LoadedRecipe,
+    first: str | None,
+    until: str | None,
+    force: bool,
+    json: bool,
+    crew: Crew | None,
+    *,
+    with_recipe: bool,
 ) -> None:
     """Print a plan; exit 2 if a check of it fails."""
     from edgetune.plan import plan, rows
 
-    planned = plan(loaded, first=first, until=until, force=force)
+    planned = plan(loaded, first=first, until=until, force=force, crew=crew)
     if json:
         print_json(planned)
     else:

@@ -12,6 +12,7 @@ from edgetune.cli._common import Json, print_json, print_table
 if TYPE_CHECKING:
     from edgetune.recipe_file import LoadedRecipe
     from edgetune.run import Result
+    from edgetune.train.crew import Crew
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
 Overrides = Annotated[
@@ -81,7 +82,8 @@ def command(
     if dry_run:
         from edgetune.cli.plan import show
 
-        show(loaded, check_stage(first), check_stage(until), force, json, with_recipe=True)
+        crew = who_trains(loaded, nproc, hostfile)
+        show(loaded, check_stage(first), check_stage(until), force, json, crew, with_recipe=True)
         return
     from edgetune.run import STAGES
     from edgetune.summary import as_json, summary
@@ -110,23 +112,34 @@ def run_with(loaded: LoadedRecipe, nproc: int | None, hostfile: Path | None, **h
     Returns:
         What was done; None where this process only took part in the training that another one leads.
     """
-    from edgetune.errors import require_extra
     from edgetune.pipeline import Pipeline
-    from edgetune.train import crew, distributed
 
-    section = loaded.recipe.train
-    found = crew.find(section, nproc, hostfile)
+    found = who_trains(loaded, nproc, hostfile)
     if found is None:
         return Pipeline(loaded).run(**how)
-    require_extra("train")
-    distributed.check(section, found.size)
     from edgetune.train import launch
 
     if not found.leads:
-        launch.follow(found, section.threads)
+        launch.follow(found, loaded.recipe.train.threads)
         return None
     with launch.leading(found):
         return Pipeline(loaded, crew=found).run(**how)
+
+
+def who_trains(loaded: LoadedRecipe, nproc: int | None, hostfile: Path | None) -> Crew | None:
+    """The processes that are to train, as the person, the recipe or a scheduler says; None for this one alone.
+
+    Raises:
+        InputError: there cannot be so many, or the recipe cannot be trained so.
+    """
+    from edgetune.errors import require_extra
+    from edgetune.train import crew, distributed
+
+    found = crew.find(loaded.recipe.train, nproc, hostfile)
+    if found:
+        require_extra("train")
+        distributed.check(loaded.recipe.train, found.size)
+    return found
 
 
 def check_stage(name: str | None) -> str | None:

@@ -36,6 +36,7 @@ class Calibration:
     Attributes:
         parameters, trainable: of the whole model.
         weight_bytes: of the weights in memory.
+        live_bytes: of embedding, head and two layers.
         step_s, forward_s: seconds of a pass of `tokens` with backward pass and optimizer, and of a forward pass alone.
         tokens: of the measured pass.
         once, twice: activations, kept or computed twice.
@@ -45,6 +46,7 @@ class Calibration:
     parameters: int
     trainable: int
     weight_bytes: float
+    live_bytes: float
     step_s: float
     forward_s: float
     tokens: int
@@ -210,6 +212,8 @@ def _through(
         parameters=round(line["parameters"]),
         trainable=round(line["trainable"]),
         weight_bytes=line["weight_bytes"],
+        live_bytes=deep["weight_bytes"]
+        + (deep["weight_bytes"] - shallow["weight_bytes"]) / (depths[1] - depths[0]) * (2 - depths[1]),
         step_s=line["step_s"],
         forward_s=line["forward_s"],
         tokens=tokens,

@@ -55,7 +55,7 @@ class Crew:
     @property
     def local(self) -> int:
         """Processes on this machine."""
-        return self.hosts[0].slots if self.place else self.hosts[self.machine].slots
+        return self.place.here if self.place else self.hosts[self.machine].slots
 
 
 def find(
@@ -71,10 +71,13 @@ def find(
             MASTER_ADDR and MASTER_PORT name this machine's.
 
     Raises:
-        InputError: fewer than one process, a broken host file, several machines without an address.
+        InputError: fewer than one process or more than cores, a broken host file, several machines without an address.
     """
     if nproc is not None and nproc < 1:
         raise InputError(f"--nproc is {nproc}", fix="give the number of processes on each machine, at least 1")
+    cores = os.cpu_count() or 1
+    if nproc is not None and nproc > cores:
+        raise InputError(f"--nproc is {nproc}, and this machine has {cores} cores", fix=f"give {cores} at most")
     scheduled = _scheduled(environment)
     if scheduled:
         if nproc or hostfile:
@@ -84,7 +87,7 @@ def find(
                 fix="leave it out, or start one process only",
             )
         return scheduled
-    port = _number(environment, "MASTER_PORT", _PORT)
+    port = _port(environment, _PORT)
     if hostfile:
         hosts = read_hostfile(hostfile)
         address = environment.get("MASTER_ADDR", hosts[0].name)
@@ -154,12 +157,12 @@ def _scheduled(environment: Mapping[str, str]) -> Crew | None:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         address = environment.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1"
         here = -(-size // machines)
-        port = _number(environment, "MASTER_PORT", 20_000 + 2 * (_number(environment, "SLURM_JOB_ID", 0) % 5_000))
+        port = _port(environment, 20_000 + 2 * (_number(environment, "SLURM_JOB_ID", 0) % 5_000))
     elif _number(environment, "WORLD_SIZE", 1) > 1 and "RANK" in environment:
         rank, local = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
         size = _number(environment, "WORLD_SIZE", 1)
         here = _number(environment, "LOCAL_WORLD_SIZE", size)
-        port = _number(environment, "MASTER_PORT", _PORT)
+        port = _port(environment, _PORT)
         address = environment.get("MASTER_ADDR", "")
         if not address:
             raise InputError(
@@ -169,7 +172,22 @@ def _scheduled(environment: Mapping[str, str]) -> Crew | None:
             )
     else:
         return None
-    return Crew((Host(address, here),), address=address, port=port, place=Place(rank, local, size))
+    if rank >= size:
+        raise InputError(
+            f"this is process {rank} of {size}: the count begins with 0",
+            where="RANK, WORLD_SIZE",
+            fix="let torchrun or srun set them, or unset them",
+        )
+    return Crew((Host(address, here),), address=address, port=port, place=Place(rank, local, size, here))
+
+
+def _port(environment: Mapping[str, str], default: int) -> int:
+    port = _number(environment, "MASTER_PORT", default)
+    if not 1 <= port <= 65_534:
+        raise InputError(
+            f"{port} is no port", where="MASTER_PORT", fix="choose 1024 to 65534; the next one is used, too"
+        )
+    return port
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

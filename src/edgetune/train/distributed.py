@@ -19,6 +19,8 @@ from edgetune.recipe import TrainSection
 
 T = TypeVar("T")
 
+BUCKET = 50_000_000  # numbers that DeepSpeed exchanges at once; it holds room for them all the time
+LIVE = 1_000_000_000  # weights that its stage 3 gathers ahead and keeps for a while
 PATIENCE = timedelta(minutes=30)  # how long a process waits for another that lives, but says nothing
 
 
@@ -30,11 +32,13 @@ class Place:
         rank: its number among all, from 0.
         local_rank: its number on this machine.
         size: how many there are.
+        here: how many of them share this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    here: int = 1
 
     @property
     def first(self) -> bool:
@@ -57,16 +61,29 @@ def join(found: Place, engine: str, store: Any = None) -> None:
         found: this process's place.
         engine: the recipe's.
         store: where they meet; MASTER_ADDR:MASTER_PORT, which the environment names, when None.
+
+    Raises:
+        InputError: this machine has GPUs, and none for this process.
     """
     global _place
     import torch
 
+    if found.local_rank >= torch.cuda.device_count() > 0:
+        raise InputError(
+            f"{found.here} processes on a machine that has {torch.cuda.device_count()} GPUs: each needs its own",
+            where="--nproc",
+            fix=f"start {torch.cuda.device_count()} processes on it at most, or hide the GPUs (CUDA_VISIBLE_DEVICES=)",
+        )
     # accelerate and DeepSpeed look here; torchrun has set them, SLURM has other names.
     os.environ |= {"RANK": str(found.rank), "LOCAL_RANK": str(found.local_rank), "WORLD_SIZE": str(found.size)}
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     if engine == "deepspeed" and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # Where there is a compiler it would be made when training starts, and be spoken of on stdout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(found.local_rank)
@@ -161,6 +178,39 @@ def divides_weights(section: TrainSection) -> bool:
     return wanted.engine == "fsdp" or (wanted.engine == "deepspeed" and wanted.zero_stage == 3)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What one process holds.
+
+    Attributes:
+        weights: the part of all weights that it holds all the time, 0 to 1.
+        live: weights that the engine gathers ahead and keeps for a while, at most.
+        trained: bytes a trainable parameter beside its weight: gradient, AdamW's moments, what a step needs on the way
+            and the engine's own copies, all float32.
+    """
+
+    weights: float
+    live: int
+    trained: float
+
+
+def shares(section: TrainSection, processes: int) -> Shares:
+    """What each of `processes` holds with the recipe's engine."""
+    wanted = section.distributed
+    gradient, moments, on_the_way, copy = 4, 8, 4, 4
+    if wanted is None or wanted.engine == "ddp":
+        exchanged = copy if processes > 1 or wanted else 0
+        return Shares(1.0, 0, gradient + moments + on_the_way + exchanged)
+    if wanted.engine == "fsdp":
+        return Shares(1 / processes, 0, (gradient + moments + on_the_way) / processes)
+    own = (moments + on_the_way + copy) / processes
+    if wanted.zero_stage == 1:
+        return Shares(1.0, 0, gradient + own + gradient / processes)
+    if wanted.zero_stage == 3:
+        return Shares(1 / processes, LIVE, gradient / processes + own)
+    return Shares(1.0, 0, gradient / processes + own)
+
+
 def check(section: TrainSection, processes: int) -> None:
     """Refuse what cannot be, before anything is started.
 
@@ -217,7 +267,7 @@ def training_arguments(section: TrainSection, model: Any) -> dict[str, Any]:
     if wanted is None or wanted.engine == "ddp":
         return {**cpu, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
     if wanted.engine == "deepspeed":
-        return {**cpu, "deepspeed": _deepspeed(section)}
+        return {**cpu, "deepspeed": _deepspeed(section, sum(p.numel() for p in model.parameters() if p.requires_grad))}
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     settings = {
         "version": 2,
@@ -251,13 +301,14 @@ def fsdp_on_cpu(trainer: Any) -> None:
     trainer.is_fsdp_enabled = True
 
 
-def _deepspeed(section: TrainSection) -> dict[str, Any]:
+def _deepspeed(section: TrainSection, trained: int) -> dict[str, Any]:
     assert section.distributed
-    stage, to_cpu = section.distributed.zero_stage, section.distributed.offload == "cpu"
-    zero: dict[str, Any] = {"stage": stage}
+    stage, to_cpu = section.distributed.zero_stage or 2, section.distributed.offload == "cpu"
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, BUCKET)}
     if to_cpu:
         zero["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:
+        zero["stage3_max_live_parameters"] = LIVE
         zero["stage3_param_persistence_threshold"] = 10_000  # a LoRA matrix is not worth a message of its own
         if to_cpu:
             zero["offload_param"] = {"device": "cpu"}

@@ -9,16 +9,20 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from edgetune import progress
 from edgetune.errors import EdgetuneError
 from edgetune.files import read_json, write_json
 from edgetune.recipe import TrainSection
+from edgetune.train import distributed
 from edgetune.train.crew import Crew
 
 _MEETING_S = 1800.0  # how long machines wait for each other
@@ -51,15 +55,13 @@ def follow(crew: Crew, threads: int | None) -> None:
     Raises:
         EdgetuneError: the leader is gone, or the training failed.
     """
-    from edgetune.train import worker
-
     store = _meet(crew)
     try:
         assignment = _assigned(store)
         if assignment is None:
             return
         if crew.place:
-            worker.take_part(assignment, crew.place, store)
+            _own_part(assignment, crew, store)
         else:
             _agent(crew, assignment, threads)
     finally:
@@ -72,7 +74,7 @@ def _assigned(store: Any) -> dict[str, Any] | None:
 
     while True:
         try:
-            store.wait([_KEY])
+            store.wait([_KEY], timedelta(seconds=1))  # for so long torch does not hear Ctrl-C
             found: dict[str, Any] | None = json.loads(store.get(_KEY))
             return found
         except torch.distributed.DistStoreError:  # the leader prepares data still
@@ -92,15 +94,13 @@ def start(crew: Crew, section: TrainSection, assignment: dict[str, Any]) -> None
     Raises:
         EdgetuneError: what the process said that failed first.
     """
-    from edgetune.train import worker
-
     notes = Path(assignment["notes"])
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
     if _store is not None:
         _store.set(_KEY, json.dumps(assignment))
     if crew.place:
-        worker.take_part(assignment, crew.place, _store)
+        _own_part(assignment, crew, _store)
     else:
         others = _by_ssh(crew, assignment) if crew.by_ssh else []
         try:
@@ -111,26 +111,57 @@ def start(crew: Crew, section: TrainSection, assignment: dict[str, Any]) -> None
     shutil.rmtree(notes, ignore_errors=True)
 
 
-def _meet(crew: Crew) -> Any:
-    from datetime import timedelta
+def _own_part(assignment: dict[str, Any], crew: Crew, store: Any) -> None:
+    """Train in this very process, which a scheduler has started as one of several."""
+    from edgetune.train import worker
 
+    assert crew.place
+    try:
+        worker.take_part(assignment, crew.place, store)
+    except (RuntimeError, OSError) as error:
+        if not worker.peer_gone(error):
+            raise
+        raise EdgetuneError("another process is gone", where="train", fix=f"see what it said; {_AGAIN}") from error
+
+
+def _meet(crew: Crew) -> Any:
     import torch
 
+    if not crew.leads:
+        _until_there(crew)
     try:
         return torch.distributed.TCPStore(  # type: ignore[attr-defined]
-            crew.address,
-            crew.port + 1,
-            is_master=crew.leads,
-            timeout=timedelta(seconds=_MEETING_S),
-            wait_for_workers=False,
+            crew.address, crew.port + 1, is_master=crew.leads, timeout=distributed.PATIENCE, wait_for_workers=False
         )
     except (torch.distributed.DistError, RuntimeError, OSError) as error:
-        who = "cannot wait for the others" if crew.leads else "cannot reach the first machine"
-        raise EdgetuneError(
-            f"{who} at {crew.address}:{crew.port + 1}: {str(error).splitlines()[0]}",
-            where="MASTER_ADDR",
-            fix="check address and firewall; MASTER_PORT chooses another port (it and the next are used)",
-        ) from error
+        raise _not_met(crew, str(error).splitlines()[0]) from error
+
+
+def _until_there(crew: Crew) -> None:
+    """Wait for the first process. torch would do that, too, but hears neither Ctrl-C nor SIGTERM meanwhile."""
+    deadline, said = time.monotonic() + _MEETING_S, False
+    while True:
+        try:
+            socket.create_connection((crew.address, crew.port + 1), timeout=5).close()
+            return
+        except socket.gaierror as error:
+            raise _not_met(crew, "no machine of this name is known") from error
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _not_met(crew, (error.strerror or "it does not answer").lower()) from error
+        if not said:
+            progress.say(f"waiting for the first process at {crew.address}:{crew.port + 1}")
+            said = True
+        time.sleep(0.5)
+
+
+def _not_met(crew: Crew, why: str) -> EdgetuneError:
+    who = "cannot wait for the others" if crew.leads else "cannot reach the first machine"
+    return EdgetuneError(
+        f"{who} at {crew.address}:{crew.port + 1}: {why}",
+        where="MASTER_ADDR",
+        fix="check address and firewall; MASTER_PORT chooses another port (it and the next are used)",
+    )
 
 
 def _leave(crew: Crew, store: Any) -> None:

@@ -14,12 +14,12 @@ import torch
 from edgetune.data.batch import Encoded
 from edgetune.errors import InputError
 from edgetune.recipe import TrainSection
+from edgetune.train import distributed
 from edgetune.train.objective import Objective
 from edgetune.train.schedule import DEFAULT_PASS_TOKENS
 
 _SMALLEST_PASS = 256  # tokens; below it the matrix products slow down more than memory is worth
 _SHARE = 0.7  # of the memory that is free: the rest is for gradients on their way, for the allocator and for others
-OPTIMIZER_BYTES = 16  # a trainable parameter: gradient, AdamW's two moments and what a step needs on the way, float32
 _PROBE = (64, 192, 320)  # tokens of the rows that activations are counted on
 
 
@@ -48,10 +48,12 @@ class Fit:
 def activations(objective: Objective, model: Any) -> Activations:
     """Count what the model keeps of three short passes, and take the parabola through them."""
     found = []
-    for length in _PROBE:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE[-1]
+    probe = [length * min(context, _PROBE[-1]) // _PROBE[-1] for length in _PROBE]
+    for length in probe:
         row = Encoded([1 + n % 100 for n in range(length)], [True] * length)
         found.append(_kept(objective, model, row))
-    solved = np.linalg.solve(np.vander(_PROBE, 3, increasing=True), found)
+    solved = np.linalg.solve(np.vander(probe, 3, increasing=True), found)
     return Activations(*(max(float(value), 0.0) for value in solved))
 
 
@@ -67,17 +69,42 @@ def fit(section: TrainSection, objective: Objective, model: Any, longest: int) -
         InputError: not even the longest row alone fits.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    beside = optimizer_bytes(section, trainable, distributed.place().size)
 
     def twice() -> Activations:
         compute_twice(model)
         return activations(objective, model)
 
-    return choose(section, lambda: activations(objective, model), twice, room(free(model), trainable), longest)
+    return choose(section, lambda: activations(objective, model), twice, room(free(section, model), beside), longest)
 
 
-def room(free_bytes: float, trainable: int) -> float:
-    """Bytes that activations may take where `free_bytes` are free beside the weights."""
-    return _SHARE * (free_bytes - OPTIMIZER_BYTES * trainable)
+def room(free_bytes: float, beside: float) -> float:
+    """Bytes that activations may take where `free_bytes` are free beside the weights, and the optimizer takes `beside`."""
+    return _SHARE * (free_bytes - beside)
+
+
+def weight_bytes(section: TrainSection, whole: float, live: float, parameters: int, processes: int) -> float:
+    """Bytes of the weights on one of `processes`.
+
+    Args:
+        section: names the engine.
+        whole: of the whole model.
+        live: of embedding, head and two layers, which an engine that divides the weights gathers at a time at least.
+        parameters: of the whole model.
+        processes: how many there are.
+    """
+    held = distributed.shares(section, processes)
+    if held.weights == 1:
+        return whole
+    return min(whole, whole * held.weights + max(live, whole * min(1.0, held.live / parameters)))
+
+
+def optimizer_bytes(section: TrainSection, trainable: int, processes: int) -> float:
+    """Bytes beside weights and activations on one of `processes`, of `trainable` parameters."""
+    exchanged = 0
+    if section.distributed and section.distributed.engine == "deepspeed":
+        exchanged = 4 * min(trainable, distributed.BUCKET)
+    return trainable * distributed.shares(section, processes).trained + exchanged
 
 
 def choose(
@@ -136,12 +163,17 @@ def compute_twice(model: Any) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def free(model: Any) -> float:
-    """Bytes that are free on the model's device."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
+def free(section: TrainSection, model: Any) -> float:
+    """Bytes that are free for this process on the device that trains, beside the weights."""
+    here = distributed.place()
+    if not torch.cuda.is_available():
+        return float(psutil.virtual_memory().available) / here.here
+    have = float(torch.cuda.mem_get_info(here.local_rank)[0])
+    if next(model.parameters()).device.type == "cuda":
+        return have
+    # they come there when the engine takes them
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return have - weight_bytes(section, whole, 0.0, sum(p.numel() for p in model.parameters()), here.size)
 
 
 def _kept(objective: Objective, model: Any, row: Encoded) -> int:

@@ -54,7 +54,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         return
     assignment = read_json(Path(sys.argv[1]))
-    place = Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    place = Place(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         take_part(assignment, place)
@@ -79,9 +79,14 @@ def _end_with_parent(parent: int) -> None:
     os._exit(FAILED)
 
 
+def peer_gone(error: Exception) -> bool:
+    """Whether this is what follows from another process's end."""
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _PEER_GONE)
+
+
 def _note(error: Exception, place: Place) -> dict[str, Any]:
     known = error if isinstance(error, EdgetuneError) else from_system_error(error)
-    follows = known is None and any(text in str(error) for text in _PEER_GONE)
+    follows = known is None and peer_gone(error)
     note = {"rank": place.rank, "at": time.time(), "follows": follows, "expected": True}
     if known:
         return {**note, "what": known.what, "where": known.where, "fix": known.fix, "exit_code": known.exit_code}
