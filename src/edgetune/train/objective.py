@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgetune.train.loss import LossHead, install
 from edgetune.train.schedule import filled
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # nats a token, of the mean loss
+_PROVED = 300  # tokens of a row: more than attention takes in one block
 
 
 class Objective:
@@ -41,12 +43,13 @@ class Objective:
 
         Args:
             model: the model.
-            rows: two or more rows.
+            rows: the first two with something to learn are taken, up to 300 tokens of each.
 
         Returns:
             what was given up, in words; empty when all holds.
         """
-        some = [Encoded(row.ids[:96], row.learned[:96]) for row in rows if any(row.learned[1:96])][:2]
+        usable = (Encoded(row.ids[:_PROVED], row.learned[:_PROVED]) for row in rows if any(row.learned[1:_PROVED]))
+        some = list(itertools.islice(usable, 2))
         if not some:
             return []
         fast = (self.packed, self.head)

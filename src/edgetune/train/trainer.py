@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from edgetune.files import write_json, write_text
 from edgetune.models import Base
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
-from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.train import attention, distributed, memory, method, samples, shards, trackers
 from edgetune.train.checkpoints import Checkpoints
@@ -32,6 +30,7 @@ from edgetune.train.optimizer import default_learning_rate
 from edgetune.train.plot import plot_loss
 from edgetune.train.schedule import filled, passes, schedule, steps_a_pass
 from edgetune.train.stepping import Steps, arguments, trainer_class
+from edgetune.train.threads import threads
 from edgetune.train.watch import Step, Watcher, stops
 
 
@@ -82,7 +81,6 @@ def train(
     Raises:
         EdgetuneError: the loss is no longer a number.
     """
-    import torch
     import transformers
 
     trackers.check(section.trackers)
@@ -92,7 +90,7 @@ def train(
     transformers.set_seed(job.seed)
     with distributed.first_goes_first():
         kept = Checkpoints(checkpoints, job.key, resume)
-    with quiet(), _threads(section.threads):
+    with quiet(), threads(section.threads):
         training = _prepare(section, job, kept)
         steps = len(training.steps)
         prompts = samples.pick(job.validation, section.samples)
@@ -128,31 +126,8 @@ def train(
         unread = kept.settle("answers_before", list)
         shown = samples.compare(job.tokenizer, prompts, unread, answers(training.trainer.model), job.stop_ids)
 
-    trainer, told = training.trainer, _told(kept.metrics)
-    trainable = shards.parameters(trainer.model, trained_only=True)
-    whole = shards.parameters(trainer.model)
-    result = {
-        "method": section.method,
-        **told,
-        "stopped_early": kept.metrics[-1]["step"] < steps,
-        "epochs": round(kept.metrics[-1]["step"] / training.steps_a_pass, 3),
-        "rows": {"train": len(job.train), "validation": len(job.validation)},
-        "seconds_in_all": round(time.monotonic() - started, 1),
-        "peak_rss_mb": round(peak_rss_mb(), 1),
-        "parameters": whole if section.method == "full" else whole - trainable,
-        "trainable_parameters": trainable,
-        "learning_rate": trainer.args.learning_rate,
-        "pass_tokens": training.fit.pass_tokens,
-        "packed": training.objective.packed,
-        "padding": round(training.padding, 4),
-        "gradient_checkpointing": training.fit.checkpointing,
-        "dtype": str(method.base_dtype(section)).removeprefix("torch."),
-        "device": str(trainer.args.device),
-        "threads": section.threads or torch.get_num_threads(),
-        "processes": distributed.place().size,
-        "seed": job.seed,
-        "samples": shown,
-    }
+        result = _report(section, job, training, kept)
+    result |= {"seconds_in_all": round(time.monotonic() - started, 1), "samples": shown}
     if not distributed.place().first:
         return result
     method.publish(kept.best, adapter, base=job.base, tokenizer=job.tokenizer)
@@ -162,19 +137,6 @@ def train(
         shutil.copytree(kept.folder / "tensorboard", report / "tensorboard")
     write_json(report / "report.json", result)
     return result
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch on `count` threads while the block runs, on its own choice when None."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(checked_threads(count) if count else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -189,6 +151,34 @@ class _Training:
     steps_a_pass: int
     padding: float
     score: Callable[..., dict[str, float]]
+
+
+def _report(section: TrainSection, job: Job, training: _Training, kept: Checkpoints) -> dict[str, Any]:
+    import torch
+
+    trainer, told = training.trainer, _told(kept.metrics)
+    trainable = shards.parameters(trainer.model, trained_only=True)
+    whole = shards.parameters(trainer.model)
+    return {
+        "method": section.method,
+        **told,
+        "stopped_early": kept.metrics[-1]["step"] < len(training.steps),
+        "epochs": round(kept.metrics[-1]["step"] / training.steps_a_pass, 3),
+        "rows": {"train": len(job.train), "validation": len(job.validation)},
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "parameters": whole if section.method == "full" else whole - trainable,
+        "trainable_parameters": trainable,
+        "learning_rate": trainer.args.learning_rate,
+        "pass_tokens": training.fit.pass_tokens,
+        "packed": training.objective.packed,
+        "padding": round(training.padding, 4),
+        "gradient_checkpointing": training.fit.checkpointing,
+        "dtype": str(method.base_dtype(section)).removeprefix("torch."),
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.place().size,
+        "seed": job.seed,
+    }
 
 
 def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:

@@ -117,7 +117,8 @@ class Watcher(TrainerCallback):
     def _diverged(self, number: int, how: str) -> EdgetuneError:
         rows = [self._place(int(row)) for row in self._steps[number - 1].rows]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        best = min(self._kept.validations()[1:], key=lambda found: found[1], default=None)
+        trained = (found for found in self._kept.validations() if found[0])
+        best = min(trained, key=lambda found: found[1], default=None)
         kept = f"; the best adapter so far, of step {best[0]}, is in {self._kept.best}" if best else ""
         return EdgetuneError(
             f"training diverged: {how}; the step's rows: {shown}{kept}",
