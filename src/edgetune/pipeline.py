@@ -266,7 +266,10 @@ class Pipeline:
 
     def take_part(self, assignment: dict[str, Any]) -> None:
         """Train: alone, or as one of several processes that were given the same assignment. The data is prepared."""
-        from edgetune.train.trainer import train
+        from edgetune.models.quiet import quiet
+
+        with quiet():  # what it imports speaks, too
+            from edgetune.train.trainer import train
 
         train(
             self.recipe.train,

@@ -125,7 +125,16 @@ def test_two_processes_learn_what_one_does(place: Path, alone: list[dict[str, An
     _same(place, engine, alone)
     reports = [json.loads((place / "runs" / n / "train" / "report.json").read_text()) for n in ("alone", engine)]
     assert [report["processes"] for report in reports] == [1, 2]
-    for key in ("parameters", "trainable_parameters", "tokens", "learned_tokens", "steps", "samples"):
+    for key in (
+        "parameters",
+        "trainable_parameters",
+        "tokens",
+        "learned_tokens",
+        "steps",
+        "samples",
+        "packed",
+        "dtype",
+    ):
         assert reports[0][key] == reports[1][key], key
     assert not (place / "runs" / engine / ".processes").exists()
     assert done.stderr.count("train …") == 1  # only the first speaks
@@ -255,6 +264,31 @@ def test_whole_models_divided(place: Path) -> None:
         losses.append([row["loss"] for row in _metrics(place, name) if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[2] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "engines"),
+    [
+        (["train.method=dora"], ["ddp", "zero3", "fsdp"]),
+        (["train.method=qlora"], ["ddp", "zero2"]),
+        (["train.modules_to_save=[lm_head]"], ["zero3"]),
+        (["train.rslora=true", "train.dtype=bfloat16"], ["zero3", "fsdp"]),
+    ],
+)
+def test_each_method_learns_the_same(place: Path, method: list[str], engines: list[str]) -> None:
+    pytest.importorskip("deepspeed")
+    if "qlora" in method[0]:
+        pytest.importorskip("bitsandbytes")
+    curves = []
+    for name in ["alone", *engines]:
+        more = [*_engine(name), *_several(place, 2)] if name != "alone" else []
+        run = f"{method[0].split('=')[1].strip('[]')}-{name}"
+        done = _train(place, run, *method, *more)
+        assert done.returncode == 0, done.stderr
+        curves.append([row["loss"] for row in _metrics(place, run) if "loss" in row])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=2e-3 if "train.dtype=bfloat16" in method else 1e-4)
 
 
 @pytest.mark.slow

@@ -273,7 +273,8 @@ def training_arguments(section: TrainSection, model: Any) -> dict[str, Any]:
         "version": 2,
         "transformer_layer_cls_to_wrap": list(whole._no_split_modules or []),
         "reshard_after_forward": True,
-        "cpu_offload": wanted.offload == "cpu",
+        # Without a GPU all lies in main memory anyway, and torch's pinned memory needs one.
+        "cpu_offload": wanted.offload == "cpu" and torch.cuda.is_available(),
         "cpu_ram_efficient_loading": False,
     }
     return {**cpu, "fsdp": True, "fsdp_config": settings}
