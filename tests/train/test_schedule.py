@@ -75,3 +75,7 @@ def test_passes_are_filled_up_to_few_sizes(tokens: int) -> None:
 
 def test_there_are_sixteen_sizes_between_powers_of_two() -> None:
     assert len({filled(tokens) for tokens in range(1025, 2049)}) == 16
+
+
+def test_no_pass_is_empty_while_one_process_trains() -> None:
+    assert sorted(passes([0, 1, 2], [100, 120, 90], 16)) == [[0], [1], [2]]

@@ -77,7 +77,7 @@ def passes(
     """
     longest_first = sorted((int(row) for row in rows), key=lambda row: (-int(lengths[row]), row))
     total = sum(int(lengths[row]) for row in longest_first)
-    count = max(1, math.ceil(total / budget))
+    count = max(1, min(len(longest_first), math.ceil(total / budget)))
     while True:
         count = math.ceil(count / processes) * processes
         found: list[list[int]] = [[] for _ in range(count)]
