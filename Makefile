@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-all gpu-check lint clean
 
 help:
-	@echo "make demo      fine-tune, export, verify and benchmark a real model (4 to 6 minutes on 2 cores, once installed)"
+	@echo "make demo      fine-tune, export, verify and benchmark a real model (3 minutes on 2 cores, once installed)"
 	@echo "make test      run the tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  run the slow tests, too"
 	@echo "make gpu-check run the tests that need a CUDA device, on a machine that has one"
