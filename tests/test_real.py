@@ -13,7 +13,8 @@ from conftest import _REAL_HOME, edgetune
 pytestmark = pytest.mark.real
 
 FEWER = [
-    "train.max_steps=12", "train.evaluations=1", "verify.rows=8", "verify.golden_tokens=12",
+    "train.max_steps=12", "train.evaluations=1", "train.samples=1", "train.sample_tokens=8",
+    "verify.rows=8", "verify.golden_tokens=12",
     "bench.repetitions=2", "bench.warmup=0", "bench.new_tokens=16", "bench.prompt_tokens=64",
 ]  # fmt: skip
 
