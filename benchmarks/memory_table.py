@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,20 @@ ROW, PASS = 512, 2048  # tokens of the longest row, and of a pass
 MEASURED = 64  # tokens of the passes that are run
 
 
+@lru_cache
 def counted(method: str, size: str) -> Calibration:
     """A shape's calibration for a method. `full` is LoRA's with all weights in float32 and trained."""
-    section = TrainSection.model_validate({"method": "lora" if method == "full" else method, "dtype": "bfloat16"})
+    if method == "full":
+        found = counted("lora", size)
+        own = found.parameters - found.trainable
+        live = found.live_bytes * 4 * own / found.weight_bytes
+        return dataclasses.replace(found, parameters=own, trainable=own, weight_bytes=4.0 * own, live_bytes=live)
+    section = TrainSection.model_validate({"method": method, "dtype": "bfloat16"})
     with tempfile.TemporaryDirectory() as folder:
         config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SHAPES[size], **MORE[size]}
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         base = Base(Path(folder), size, "folder", None, None, {})
-        found = calibrate(section, base, MEASURED, MEASURED, False)
-    if method != "full":
-        return found
-    own = found.parameters - found.trainable
-    live = found.live_bytes * 4 * own / found.weight_bytes
-    return dataclasses.replace(found, parameters=own, trainable=own, weight_bytes=4.0 * own, live_bytes=live)
+        return calibrate(section, base, MEASURED, MEASURED, False)
 
 
 def main() -> None:

@@ -245,7 +245,7 @@ def test_no_process_outlives_the_command(place: Path, by: signal.Signals, code: 
 def test_an_error_in_a_process_is_the_commands_error(place: Path) -> None:
     done = _train(place, "wrong", "train.target_modules=[no_proj]", *_several(place, 2))
     assert done.returncode == 2
-    assert "train.target_modules: the model has no layer no_proj" in done.stderr
+    assert re.search(r"error: train.target_modules: .*no_proj", done.stderr)
     assert "Traceback" not in done.stderr
 
 
