@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +71,13 @@ def _assigned(store: Any) -> dict[str, Any] | None:
     """What the leader says once it comes to training; None when there is nothing to train."""
     import torch
 
-    while True:
-        try:
-            store.wait([_KEY], timedelta(seconds=1))  # for so long torch does not hear Ctrl-C
-            found: dict[str, Any] | None = json.loads(store.get(_KEY))
-            return found
-        except torch.distributed.DistStoreError:  # the leader prepares data still
-            continue
-        except (torch.distributed.DistError, RuntimeError) as error:
-            raise EdgetuneError("the first process is gone", fix="see what it said") from error
+    try:
+        while not store.check([_KEY]):  # the leader prepares data still; torch's own waiting would not hear Ctrl-C
+            time.sleep(0.2)
+        found: dict[str, Any] | None = json.loads(store.get(_KEY))
+    except (torch.distributed.DistError, RuntimeError) as error:
+        raise EdgetuneError("the first process is gone", fix="see what it said") from error
+    return found
 
 
 def start(crew: Crew, section: TrainSection, assignment: dict[str, Any]) -> None:
