@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from edgetune.errors import InputError
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.quantize.checkpoint import Checkpoint
-from edgetune.export.quantize.graph import put_embedding
+from edgetune.export.quantize.graph import finish
 from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import Plan, parts_of
+from edgetune.export.quantize.smooth import round_inputs
 from edgetune.export.quantize.weights import Weights, skeleton
 from edgetune.models import load_model
 
@@ -136,7 +138,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
     checkpoint.mkdir()
     artifact.mkdir()
     writer = Checkpoint(checkpoint, merged, plan)
-    quantize_model(merged, plan, rows, writer.keep, layer_done=writer.layer_done)
+    quantize_model(merged, plan, rows, writer.keep, keep_float=writer.keep_float, layer_done=writer.layer_done)
     writer.finish()
     job = {
         "model": str(checkpoint),
@@ -152,7 +154,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
     os.close(reading)
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    put_embedding(artifact / "model.onnx", checkpoint)
+    finish(artifact / "model.onnx", checkpoint, writer.int8)
     return artifact
 
 
@@ -173,6 +175,40 @@ def test_the_graph_computes_with_the_weights_on_the_grid(
     with torch.inference_mode():
         wanted = rounded(input_ids=torch.tensor([ids])).logits[0]
     torch.testing.assert_close(_logits(artifact, ids), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_the_graph_rounds_activations_as_we_do(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    plan = Plan(Grid(8, activations="int8"), {"o_proj": Grid(4, 32), "lm_head": Grid(8, 32)}, "min_max", most_error=1.0)
+    artifact, found, floats = _build(folder, plan, _rows(), tmp_path), {}, {}
+    quantize_model(folder, plan, _rows(), found.__setitem__, keep_float=floats.__setitem__)
+    rounded, ids = _rounded(folder, found), list(range(5, 60))
+    assert any("norm" in name for name in floats)
+    rounded.load_state_dict(floats, strict=False)
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("o_proj", "lm_head")):
+            module.register_forward_pre_hook(lambda _, args: (round_inputs(args[0]),))
+    with torch.inference_mode():
+        wanted = rounded(input_ids=torch.tensor([ids])).logits[0]
+    found_logits = _logits(artifact, ids)
+    assert (found_logits - wanted).square().mean() < 1e-3 * wanted.square().mean()
+    assert _ops(artifact)["DynamicQuantizeMatMul"] == 12
+
+
+def _ops(artifact: Path) -> Counter[str]:
+    import onnx
+
+    return Counter(node.op_type for node in onnx.load(artifact / "model.onnx", load_external_data=False).graph.node)
+
+
+def test_inputs_that_do_not_bear_rounding_are_spared(tiny_model: Path) -> None:
+    plan = Plan(Grid(8, activations="int8"), {"lm_head": Grid(8, 32)}, "min_max", most_error=0)
+    found: dict[str, Quantized] = {}
+    spared = quantize_model(tiny_model, plan, _rows(), found.__setitem__)
+    assert len(spared) == 14
+    assert all(error > 0 for error in spared.values())
+    assert all(one.grid.activations == "float" for one in found.values())
 
 
 def test_a_tied_embedding_is_on_disk_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 from edgetune import progress
 from edgetune.errors import InputError
 from edgetune.export.quantize.gptq import Factor, factor, gptq
-from edgetune.export.quantize.grid import Quantized
+from edgetune.export.quantize.grid import BLOCK_SIZES, Grid, Quantized
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, parts_of
 from edgetune.export.quantize.rtn import least_error, min_max
+from edgetune.export.quantize.smooth import Group, smooth
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 
 if TYPE_CHECKING:
     import torch
 
+    KeepFloat = Callable[[str, torch.Tensor], None]
+
 Keep = Callable[[str, Quantized], None]
 
 _FEWEST = 1_000  # tokens under which a Hessian says too little
+_SAMPLE = 1_000  # tokens on which the error of int8 activations is measured
 
 
 def quantize_model(
@@ -32,17 +36,23 @@ def quantize_model(
     rows: Sequence[Sequence[int]],
     keep: Keep,
     *,
+    keep_float: KeepFloat = lambda _, __: None,
     layer_done: Callable[[], None] = lambda: None,
     trust_remote_code: bool = False,
-) -> None:
+) -> dict[str, float]:
     """Quantize the embedding, every matrix of every decoder layer, and the head.
 
     Args:
         folder: merged transformers folder.
         plan: the grids and the method.
-        rows: calibration rows, token ids; unused unless the method is `gptq`.
+        rows: calibration rows, token ids; unused where the plan calibrates nothing (`Plan.calibrated`).
         keep: takes each matrix, by its full name, as soon as it is done. Tied embeddings come once, as `lm_head`.
+        keep_float: takes each other weight that is not the merged model's any more, float32: norms that were smoothed.
         layer_done: called after the embedding and after each layer: what was kept can be written.
+
+    Returns:
+        The matrices that the plan wants computed with int8 activations and that were given `Plan.spare` instead, and the
+        error of their outputs that it would have brought (relative, squared).
 
     Raises:
         InputError: the model has no decoder layers that are found, weights are missing or not finite, a block size does
@@ -50,27 +60,29 @@ def quantize_model(
     """
     import torch
 
-    calibrated = plan.method == "gptq"
-    if calibrated and sum(map(len, rows)) < _FEWEST:
+    if plan.calibrated and sum(map(len, rows)) < _FEWEST:
         raise InputError(
             f"{sum(map(len, rows))} tokens are too few to calibrate on", fix=f"give rows of {_FEWEST:,} tokens or more"
         )
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     layers, prefix = decoder_layers(model)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
+    spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        states = _embed(model, layers, weights, plan, rows if calibrated else (), keep, tied)
+        states = _embed(model, layers, weights, plan, rows if plan.calibrated else (), keep, tied)
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
             weights.fill(layer, f"{prefix}.{number}")
-            _quantize_layer(layer, f"{prefix}.{number}", plan, states, number, keep, model.config)
+            job = _Layer(layer, f"{prefix}.{number}", number, plan, states, model.config)
+            spared |= job.quantize(keep, keep_float)
             empty(layer)
             layer_done()
             bar.advance(1)
         if not tied:
             _head(model, weights, plan, states, keep)
             layer_done()
+    return spared
 
 
 def decoder_layers(model: Any) -> tuple[Any, str]:
@@ -104,9 +116,8 @@ def _embed(
     base, embedding = model.base_model, model.get_input_embeddings()
     name = HEAD if tied else EMBEDDING
     grid = plan.grid(name)
-    _check_blocks(name, embedding.weight, grid.block_size)
-    weight = weights.get(f"{EMBEDDING}.weight")
-    found = min_max(weight, grid) if plan.method == "min_max" else least_error(weight, grid)
+    check_blocks(name, embedding.weight, grid)
+    found = _rounded(weights.get(f"{EMBEDDING}.weight"), grid, plan)
     keep(name, found)
     states = _States()
     if not rows:
@@ -138,79 +149,171 @@ def _recorder(states: _States) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _quantize_layer(layer: Any, name: str, plan: Plan, states: _States, number: int, keep: Keep, config: Any) -> None:
-    import torch
+class _Layer:
+    """One decoder layer, its weights in memory."""
 
-    linears = {path: module for path, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-    groups = _groups(layer, linears, states, number) if states.hidden else [list(linears)]
-    for group in groups:
-        hessian = _hessian(layer, linears[group[0]], states, number) if states.hidden else None
+    def __init__(self, layer: Any, name: str, number: int, plan: Plan, states: _States, config: Any) -> None:
+        import torch
+
+        self._layer, self._name, self._number, self._states, self._config = layer, name, number, states, config
+        self._plan = plan
+        self._given: dict[str, Grid] = {}  # in place of the plan's
+        self._linears = {path: found for path, found in layer.named_modules() if isinstance(found, torch.nn.Linear)}
+
+    def quantize(self, keep: Keep, keep_float: KeepFloat) -> dict[str, float]:
+        """Quantize every matrix, and send the rows on. Returns what was spared from int8 activations."""
+        spared: dict[str, float] = {}
+        groups = self._groups() if self._states.hidden else [Group([path], None) for path in self._linears]
+        if self._states.hidden:
+            for group in groups:
+                spared |= self._ease(group, keep_float)
+        for group in groups:
+            self._quantize(group, keep)
+        self._states.run(self._layer, self._number)
+        return spared
+
+    def _parts(self, path: str) -> list[tuple[str, torch.Tensor]]:
+        return parts_of(f"{self._name}.{path}", self._linears[path].weight, self._config)
+
+    def _grid(self, part: str) -> Grid:
+        return self._given.get(part) or self._plan.grid(part)
+
+    def _quantize(self, group: Group, keep: Keep) -> None:
+        import torch
+
+        parts = {path: self._parts(path) for path in group.paths}
+        calibrated = bool(self._states.hidden) and self._plan.method == "gptq"
+        fine = calibrated and any(self._grid(part).bits == 4 for found in parts.values() for part, _ in found)
+        hessian = self._hessian(group.paths[0]) if fine else None
         factors: dict[int, Factor] = {}
-        for path in group:
-            module = linears[path]
-            parts = []
-            for part, weight in parts_of(f"{name}.{path}", module.weight, config):
-                grid = plan.grid(part)
-                _check_blocks(part, weight, grid.block_size)
-                if hessian is None:
-                    found = min_max(weight, grid) if plan.method == "min_max" else least_error(weight, grid)
+        for path, found in parts.items():
+            rounded = []
+            for part, weight in found:
+                grid = self._grid(part)
+                check_blocks(part, weight, grid)
+                size = grid.block(weight.shape[1])
+                if hessian is None or grid.bits == 8:
+                    result = _rounded(weight, grid, self._plan)
                 else:
-                    if grid.block_size not in factors:
-                        factors[grid.block_size] = factor(hessian, grid.block_size)
-                    found = gptq(weight, factors[grid.block_size], grid)
-                keep(part, found)
-                if hessian is not None:
-                    parts.append(found.dequantize())
-            if parts:
-                module.weight = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
-    states.run(layer, number)
+                    if size not in factors:
+                        factors[size] = factor(hessian, size)
+                    result = gptq(weight, factors[size], grid)
+                keep(part, result)
+                if self._states.hidden:
+                    rounded.append(result.dequantize())
+            if rounded:
+                self._linears[path].weight = torch.nn.Parameter(torch.cat(rounded), requires_grad=False)
+
+    def _ease(self, group: Group, keep_float: KeepFloat) -> dict[str, float]:
+        """Smooth the inputs of a group that is computed with int8 activations; leave it to another kernel if that fails."""
+        names = [part for path in group.paths for part, _ in self._parts(path)]
+        wanted = [name for name in names if self._plan.grid(name).activations == "int8"]
+        if not wanted:
+            return {}
+        self._look(group)
+        error, scales = smooth(self._layer, group)
+        group.inputs = []
+        if scales is not None and group.maker is not None:
+            maker = self._layer.get_submodule(group.maker)
+            for last, tensor in maker.named_parameters(recurse=False):
+                if last == "bias" or tensor.dim() == 1:
+                    keep_float(f"{self._name}.{group.maker}.{last}", tensor.clone())
+        if error <= self._plan.most_error:
+            return {}
+        for name in wanted:
+            self._given[name] = self._plan.spare(self._linears[group.paths[0]].in_features)
+        return dict.fromkeys(wanted, error)
+
+    def _run(self, rows: int | None = None) -> None:
+        """Send rows through the layer for what hooks see; it runs only as far as they let it."""
+        import contextlib
+
+        for hidden, extra in list(zip(self._states.hidden, self._states.extra, strict=True))[:rows]:
+            with contextlib.suppress(_Stop):
+                self._layer(hidden, **extra[self._number])
+
+    def _groups(self) -> list[Group]:
+        """Linear layers in the order in which they run; those that read the very same tensor are together."""
+        groups: list[Group] = []
+        seen: list[torch.Tensor] = []
+        made: dict[int, str] = {}  # tensors are alive in `seen` or in the layer's own frames while ids are compared
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(_: Any, args: tuple[Any, ...]) -> None:
+                if seen and seen[-1] is args[0]:
+                    groups[-1].paths.append(path)
+                    return
+                seen.append(args[0])
+                groups.append(Group([path], made.get(id(args[0])) or self._channels_of(path)))
+
+            return hook
+
+        def norm(path: str) -> Callable[..., None]:
+            def hook(_: Any, __: Any, out: torch.Tensor) -> None:
+                made[id(out)] = path
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(note(path)) for path, module in self._linears.items()]
+        for path, module in self._layer.named_modules():
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 1:
+                hooks.append(module.register_forward_hook(norm(path)))
+        self._run(1)
+        for one in hooks:
+            one.remove()
+        return groups
+
+    def _channels_of(self, path: str) -> str | None:
+        """`up_proj` makes the channels of `down_proj`: the gate is only multiplied with them."""
+        owner, _, last = path.rpartition(".")
+        names = [name for name in (f"{owner}.up_proj", f"{owner}.gate_up_proj") if name in self._linears]
+        gated = f"{owner}.gate_proj" in self._linears or f"{owner}.gate_up_proj" in self._linears
+        return names[0] if last == "down_proj" and names and gated else None
+
+    def _look(self, group: Group) -> None:
+        """Fill in the peaks of a group's inputs over all rows, and the inputs of the first."""
+        import torch
+
+        linear, kept = self._linears[group.paths[0]], 0
+        group.peaks = torch.zeros(linear.in_features)
+
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            nonlocal kept
+            inputs = args[0].flatten(0, -2)
+            torch.maximum(group.peaks, inputs.abs().amax(0), out=group.peaks)
+            if kept < _SAMPLE:
+                group.inputs.append(inputs.clone())
+                kept += len(inputs)
+            raise _Stop
+
+        handle = linear.register_forward_pre_hook(hook)
+        self._run()
+        handle.remove()
+
+    def _hessian(self, path: str) -> torch.Tensor:
+        """X^T X (columns, columns) of a linear layer's inputs over all rows."""
+        import torch
+
+        linear = self._linears[path]
+        total = torch.zeros(linear.in_features, linear.in_features)
+
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            inputs = args[0].flatten(0, -2)
+            total.addmm_(inputs.T, inputs)
+            raise _Stop
+
+        handle = linear.register_forward_pre_hook(hook)
+        self._run()
+        handle.remove()
+        return total
 
 
 class _Stop(Exception):
     """Ends a layer's forward once the inputs that are wanted have been seen."""
 
 
-def _groups(layer: Any, linears: dict[str, Any], states: _States, number: int) -> list[list[str]]:
-    """Names of linear layers in the order in which they run; those that read the very same tensor are together."""
-    groups: list[list[str]] = []
-    seen: list[torch.Tensor] = []
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[Any, ...]) -> None:
-            if seen and seen[-1] is args[0]:
-                groups[-1].append(path)
-            else:
-                groups.append([path])
-                seen.append(args[0])
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(note(path)) for path, module in linears.items()]
-    layer(states.hidden[0], **states.extra[0][number])
-    for one in hooks:
-        one.remove()
-    return groups
-
-
-def _hessian(layer: Any, linear: Any, states: _States, number: int) -> torch.Tensor:
-    """X^T X (columns, columns) of a linear layer's inputs over all rows; the layer runs only as far as that."""
-    import contextlib
-
-    import torch
-
-    total = torch.zeros(linear.in_features, linear.in_features)
-
-    def hook(_: Any, args: tuple[Any, ...]) -> None:
-        inputs = args[0].flatten(0, -2)
-        total.addmm_(inputs.T, inputs)
-        raise _Stop
-
-    handle = linear.register_forward_pre_hook(hook)
-    for hidden, extra in zip(states.hidden, states.extra, strict=True):
-        with contextlib.suppress(_Stop):
-            layer(hidden, **extra[number])
-    handle.remove()
-    return total
+def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
+    return least_error(weight, grid) if plan.method == "least_error" else min_max(weight, grid)
 
 
 def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep) -> None:
@@ -218,9 +321,9 @@ def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep)
     import torch
 
     grid, weight = plan.grid(HEAD), weights.get(f"{HEAD}.weight")
-    _check_blocks(HEAD, weight, grid.block_size)
-    if not states.hidden:
-        keep(HEAD, min_max(weight, grid) if plan.method == "min_max" else least_error(weight, grid))
+    check_blocks(HEAD, weight, grid)
+    if not states.hidden or grid.bits == 8 or plan.method != "gptq":
+        keep(HEAD, _rounded(weight, grid, plan))
         return
     total = torch.zeros(weight.shape[1], weight.shape[1])
     for hidden in states.hidden:
@@ -229,10 +332,11 @@ def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep)
     keep(HEAD, gptq(weight, factor(total, grid.block_size), grid))
 
 
-def _check_blocks(name: str, weight: torch.Tensor, block_size: int) -> None:
-    if weight.shape[1] % block_size:
-        fits = [size for size in (256, 128, 64, 32, 16) if weight.shape[1] % size == 0]
+def check_blocks(name: str, weight: torch.Tensor, grid: Grid) -> None:
+    """Raise InputError where a grid's blocks do not divide a matrix."""
+    if weight.shape[1] % grid.block(weight.shape[1]):
+        fits = [size for size in reversed(BLOCK_SIZES) if weight.shape[1] % size == 0]
         raise InputError(
-            f"a block of {block_size} does not divide the {weight.shape[1]} columns of {name}",
+            f"a block of {grid.block_size} does not divide the {weight.shape[1]} columns of {name}",
             fix=f"choose a block of {fits[0]}" if fits else "leave the model in float32",
         )

@@ -5,7 +5,10 @@ grid with zero points, `NAME.qzeros` (rows, bytes of a row) uint8; config.json s
 each matrix that differs. Everything else of the model (norms, biases) is there in float32. There is a file a layer, so
 that no more than a layer is in memory while it is written.
 
-The builder keeps the embedding as floats. So it gets a stub of one row, and `graph.put_embedding` puts the quantized
+Matrices with int8 activations lie there as 8-bit matrices whose blocks all have the row's scale, which the builder can
+read and compute the same weights with; `graph.finish` gives them their own kernel.
+
+The builder keeps the embedding as floats. So it gets a stub of one row, and `graph.finish` puts the quantized
 one in its place, from the head if tied, else from `embedding.quantized` beside the checkpoint.
 """
 
@@ -42,22 +45,32 @@ class Checkpoint:
         self.folder, self._merged, self._plan = folder, merged, plan
         self._waiting: dict[str, torch.Tensor] = {}
         self._grids: dict[str, Grid] = {}
+        self._columns: dict[str, int] = {}
         self._written: set[str] = set()
+        self._floats: dict[str, torch.Tensor] = {}
         self._files = 0
         self.weight_bytes = 0  # of all matrices in the graph: codes, scales and zero points
 
     def keep(self, name: str, found: Quantized) -> None:
         """Take one matrix."""
-        self._grids[name] = found.grid
+        self._grids[name], self._columns[name] = found.grid, found.codes.shape[1]
         self.weight_bytes += found.grid.size(*found.codes.shape)
         if name == EMBEDDING:
             self._write_embedding(found)
             return
+        if found.grid.activations == "int8":
+            columns = found.codes.shape[1]
+            stored = stored_grid(columns)
+            found = Quantized(stored, found.codes, found.scales.expand(-1, stored.blocks(columns)))
         self._waiting[f"{name}.qweight"] = found.packed_codes().flatten(1).contiguous()
         self._waiting[f"{name}.scales"] = found.scales.contiguous()
         zeros = found.packed_zeros()
         if zeros is not None:
             self._waiting[f"{name}.qzeros"] = zeros.contiguous()
+
+    def keep_float(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a weight that is not quantized and is no longer the merged model's."""
+        self._floats[name] = tensor
 
     def layer_done(self) -> None:
         """Write what waits into a file of its own."""
@@ -69,18 +82,18 @@ class Checkpoint:
             self._files += 1
             self._waiting = {}
 
-    def finish(self) -> None:
+    def finish(self, *, trust_remote_code: bool = False) -> None:
         """Write the rest of the model in float32, its configuration and its tokenizer."""
         import torch
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self._merged, local_files_only=True)
+        config = AutoConfig.from_pretrained(self._merged, local_files_only=True, trust_remote_code=trust_remote_code)
         with Weights(self._merged) as weights:
             for name in weights:
                 owner, _, last = name.rpartition(".")
                 if owner in (EMBEDDING, HEAD) and last == "weight":
                     continue  # the head is quantized; a tied one may lie there under either name
-                tensor = weights.get(name)
+                tensor = self._floats[name] if name in self._floats else weights.get(name)
                 for part, piece in parts_of(owner, tensor, config):
                     if f"{part}.q{last}" not in self._written:
                         self._waiting[f"{part}.{last}"] = piece.contiguous()
@@ -90,6 +103,11 @@ class Checkpoint:
             if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
                 shutil.copyfile(path, self.folder / path.name)
         self._write_config()
+
+    @property
+    def int8(self) -> list[str]:
+        """The matrices that are computed with int8 activations."""
+        return [name for name, grid in self._grids.items() if grid.activations == "int8"]
 
     def _write_embedding(self, found: Quantized) -> None:
         from safetensors.torch import save_file
@@ -107,9 +125,12 @@ class Checkpoint:
 
     def _write_config(self) -> None:
         path, default = self.folder / "config.json", self._plan.default
+        if default.activations == "int8":
+            default = Grid(8, 32)
         config = json.loads(path.read_text(encoding="utf-8"))
         overrides = {}
-        for name, grid in self._grids.items():
+        for name, kept in self._grids.items():
+            grid = stored_grid(self._columns[name]) if kept.activations == "int8" else kept
             other = {}
             if grid.bits != default.bits:
                 other["bits"] = grid.bits
@@ -125,3 +146,8 @@ class Checkpoint:
             "overrides": overrides,
         }
         write_json(path, config)
+
+
+def stored_grid(columns: int) -> Grid:
+    """How a matrix with int8 activations lies in the checkpoint: 8 bits, in the largest blocks that divide it."""
+    return Plan.spare(columns)

@@ -90,7 +90,7 @@ def gptq(weight: torch.Tensor, factored: Factor, grid: Grid, *, sweeps: int = 2)
     import torch
 
     rows, columns = weight.shape
-    size, order = grid.block_size, factored.order
+    size, order = grid.block(columns), factored.order
     left = weight.T[order].contiguous()  # (columns, rows): a column of the weight is one run of memory
     values, zeros = torch.empty_like(left), torch.empty(columns // size, rows)
     scales = torch.empty_like(zeros)

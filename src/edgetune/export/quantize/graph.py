@@ -1,14 +1,19 @@
-"""Puts the quantized embedding into a decoder graph that ONNX Runtime GenAI's model builder made.
+"""Gives a decoder graph that ONNX Runtime GenAI's model builder made its embedding and its kernels.
 
 The builder looks tokens up in a float matrix unless it quantized the model itself. Here `GatherBlockQuantized` takes
 that place. A tied embedding reads the head's weights: two initializers name the same bytes of the data file, so that
 they lie on disk once, and once in memory where the runtime maps the file.
+
+Matrices with int8 activations become `DynamicQuantizeMatMul`. Both operators are described in ONNX Runtime's
+docs/ContribOperators.md.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.quantize.checkpoint import EMBEDDING_FILE
@@ -18,16 +23,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _DOMAIN = "com.microsoft"
-_ALIGNMENT = 65_536  # of a tensor in the data file: Windows maps files at such offsets only
+_LARGE, _ALIGNMENT = 1 << 20, 65_536  # bytes: a large tensor starts where Windows, too, can map a file
+_SMALL = 1_024  # bytes: stays in the graph file
 
 
-def put_embedding(graph_file: Path, checkpoint: Path) -> None:
-    """Replace the stub embedding of a graph, in place.
+def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str]) -> None:
+    """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
 
     Args:
         graph_file: model.onnx, whose weights lie in one file beside it.
-        checkpoint: the quantized checkpoint that it was made from; an untied embedding is read from there and appended
-            to the data file.
+        checkpoint: the quantized checkpoint that it was made from.
+        int8: full names of the matrices that are to be computed with int8 activations.
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -35,7 +41,16 @@ def put_embedding(graph_file: Path, checkpoint: Path) -> None:
     import onnx_ir as ir
 
     model = ir.load(graph_file)
-    graph = model.graph
+    _put_embedding(model.graph, graph_file, checkpoint)
+    for name in int8:
+        _put_int8(model.graph, graph_file, name)
+    _save(model, graph_file)
+
+
+def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
+    """Put the quantized lookup in place of the stub."""
+    import onnx_ir as ir
+
     name = f"{EMBEDDING}.weight"
     stub = graph.initializers.get(name)
     lookups = [] if stub is None else [use.node for use in stub.uses()]
@@ -43,11 +58,8 @@ def put_embedding(graph_file: Path, checkpoint: Path) -> None:
         raise EdgetuneError("the builder's graph has no embedding that can be replaced", where=graph_file)
     lookup = lookups[0]
     apart = (checkpoint / EMBEDDING_FILE).is_file()
-    tensors, attributes = _appended(graph_file, checkpoint) if apart else _of_head(graph, graph_file)
-    values = [ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape) for tensor in tensors]
-    for value, tensor in zip(values, tensors, strict=True):
-        value.type = ir.TensorType(tensor.dtype)
-        graph.register_initializer(value)
+    tensors, attributes = _stored_embedding(checkpoint) if apart else _of_head(graph, graph_file)
+    values = _registered(graph, tensors)
     found = ir.node(
         "GatherBlockQuantized",
         [values[0], lookup.inputs[1], *values[1:]],
@@ -61,10 +73,21 @@ def put_embedding(graph_file: Path, checkpoint: Path) -> None:
     lookup.outputs[0].replace_all_uses_with(found.outputs[0])
     graph.remove(lookup, safe=True)
     del graph.initializers[name]
-    ir.save(model, graph_file)
 
 
-def _of_head(graph: ir.Graph, graph_file: Path) -> tuple[list[ir.ExternalTensor], dict[str, int]]:
+def _registered(graph: ir.Graph, tensors: Sequence[Any]) -> list[ir.Value]:
+    """Initializers of the graph that hold these tensors."""
+    import onnx_ir as ir
+
+    values = []
+    for tensor in tensors:
+        value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        graph.register_initializer(value)
+        values.append(value)
+    return values
+
+
+def _of_head(graph: ir.Graph, graph_file: Path) -> tuple[list[Any], dict[str, int]]:
     """The head's codes, scales and zero points once more, in the shapes in which a lookup wants them."""
     import onnx_ir as ir
 
@@ -94,33 +117,85 @@ def _of_head(graph: ir.Graph, graph_file: Path) -> tuple[list[ir.ExternalTensor]
     return found, {name: attributes[name] for name in ("bits", "block_size")}
 
 
-def _appended(graph_file: Path, checkpoint: Path) -> tuple[list[ir.ExternalTensor], dict[str, int]]:
-    """An untied embedding: its tensors, appended to the data file."""
+def _stored_embedding(checkpoint: Path) -> tuple[list[Any], dict[str, int]]:
+    """An untied embedding, from its file."""
     import onnx_ir as ir
     from safetensors import safe_open
 
-    location = f"{graph_file.name}.data"
-    found = []
-    with (
-        safe_open(str(checkpoint / EMBEDDING_FILE), "np") as file,
-        (graph_file.parent / location).open("ab") as data,
-    ):
+    with safe_open(str(checkpoint / EMBEDDING_FILE), "np") as file:
         metadata = file.metadata()
         names = [name for name in ("codes", "scales", "zeros") if name in file.keys()]  # noqa: SIM118 - not a dict
-        for name in names:
-            array = file.get_tensor(name)
-            data.write(bytes(-data.tell() % _ALIGNMENT))
-            offset = data.tell()
-            data.write(array.tobytes())
-            found.append(
-                ir.ExternalTensor(
-                    location,
-                    offset,
-                    array.nbytes,
-                    ir.DataType.from_numpy(array.dtype),
-                    shape=ir.Shape(array.shape),
-                    name=f"{EMBEDDING}.{name}",
-                    base_dir=graph_file.parent,
-                )
-            )
+        found = [ir.tensor(file.get_tensor(name), name=f"{EMBEDDING}.{name}") for name in names]
     return found, {name: int(metadata[name]) for name in ("bits", "block_size")}
+
+
+def _put_int8(graph: ir.Graph, graph_file: Path, name: str) -> None:
+    """Give one matrix the kernel that rounds its inputs to 8 bits."""
+    import numpy as np
+    import onnx_ir as ir
+
+    stored = f"{name.replace('.self_attn.', '.attn.')}.MatMulNBits"
+    codes, scales = (graph.initializers.get(f"{stored}.{last}") for last in ("qweight", "scales"))
+    users = [] if codes is None else [use.node for use in codes.uses()]
+    if codes is None or scales is None or len(users) != 1 or users[0].op_type != "MatMulNBits":
+        raise EdgetuneError(f"the builder's graph has no {name} whose kernel can be changed", where=graph_file)
+    node = users[0]
+    rows, columns = node.attributes["N"].as_int(), node.attributes["K"].as_int()
+    assert codes.const_value is not None
+    assert scales.const_value is not None
+    source, by_row = codes.const_value, scales.const_value.numpy().reshape(rows, -1)[:, 0]
+
+    def transposed() -> ir.TensorProtocol:
+        turned = (source.numpy().reshape(rows, -1)[:, :columns] ^ 0x80).view(np.int8).T  # 128 is the zero of the codes
+        return ir.tensor(np.ascontiguousarray(turned))
+
+    weights = ir.LazyTensor(transposed, ir.DataType.INT8, ir.Shape([columns, rows]), name=f"{name}.int8")
+    tensors = (weights, ir.tensor(np.ascontiguousarray(by_row), name=f"{name}.int8_scales"))
+    values = _registered(graph, tensors)
+    found = ir.node(
+        "DynamicQuantizeMatMul",
+        [node.inputs[0], *values],
+        domain=_DOMAIN,
+        name=(node.name or name).replace("MatMulNBits", "DynamicQuantizeMatMul"),
+        outputs=[ir.Value(name=f"{name}.int8/output_0", type=node.outputs[0].type)],
+    )
+    found.outputs[0].shape = node.outputs[0].shape
+    graph.insert_before(node, found)
+    node.outputs[0].replace_all_uses_with(found.outputs[0])
+    graph.remove(node, safe=True)
+    del graph.initializers[f"{stored}.qweight"], graph.initializers[f"{stored}.scales"]
+
+
+def _save(model: ir.Model, graph_file: Path) -> None:
+    """Write the data file anew, a tensor at a time and each only once, and the graph."""
+    import onnx_ir as ir
+
+    location = f"{graph_file.name}.data"
+    old, new = graph_file.parent / location, graph_file.parent / f"{location}.new"
+    placed: dict[tuple[int | None, int | None], int] = {}  # where bytes of the old file lie in the new one
+    with new.open("wb") as data:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _SMALL:
+                continue
+            key = (tensor.offset, tensor.length) if isinstance(tensor, ir.ExternalTensor) else (id(tensor), None)
+            if key not in placed:
+                data.write(bytes(-data.tell() % (_ALIGNMENT if tensor.nbytes >= _LARGE else 64)))
+                placed[key] = data.tell()
+                data.write(tensor.tobytes())
+            value.const_value = ir.ExternalTensor(
+                location,
+                placed[key],
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=graph_file.parent,
+            )
+        for value in model.graph.initializers.values():  # small ones leave the old file, too
+            if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes < _SMALL:
+                value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+        data.flush()
+        os.fsync(data.fileno())
+    new.replace(old)
+    ir.save(model, graph_file)

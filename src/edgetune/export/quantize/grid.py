@@ -1,16 +1,19 @@
-"""The integer grids of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`, bit for bit.
+"""The integer grids of ONNX Runtime's `MatMulNBits`, `GatherBlockQuantized` and `DynamicQuantizeMatMul`, bit for bit.
 
 A matrix W (rows, columns), as torch.nn.Linear keeps it, is cut along its columns into blocks. A block has one scale
 (float32) and, with zero points, one zero point (unsigned). A weight is (code - zero) * scale; without zero points the
 zero is the middle of the codes, 8 of 0..15 or 128 of 0..255. Scales may be negative.
 
-Both operators are described in ONNX Runtime's docs/ContribOperators.md (domain com.microsoft).
+`DynamicQuantizeMatMul` has one scale for a whole row, no zero points, and 8 bits; at run time it rounds the layer's
+inputs to 8 bits too, with one scale and zero point for the whole tensor.
+
+The operators are described in ONNX Runtime's docs/ContribOperators.md (domain com.microsoft).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgetune.errors import InputError
 
@@ -22,12 +25,14 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Grid:
-    """One way to store a matrix.
+    """One way to store a matrix, and to compute with it.
 
     Attributes:
         bits: 4 or 8.
-        block_size: columns that share a scale: 16, 32, 64, 128 or 256.
+        block_size: columns that share a scale: 16, 32, 64, 128 or 256. It says nothing where activations are int8.
         zero_points: a zero point for each block; else codes are symmetric around the middle.
+        activations: `float`: the kernel is `MatMulNBits`. `int8`: it is `DynamicQuantizeMatMul`, with 8 bits, a scale a
+            row and no zero points.
 
     Raises:
         InputError: the operators do not have such a grid.
@@ -36,12 +41,17 @@ class Grid:
     bits: int
     block_size: int = 32
     zero_points: bool = False
+    activations: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise InputError(f"{self.bits} bits are not a grid of MatMulNBits here", fix="choose 4 or 8 bits")
         if self.block_size not in BLOCK_SIZES:
             raise InputError(f"a block of {self.block_size} is not possible", fix=f"choose one of {BLOCK_SIZES}")
+        if self.activations == "int8" and (self.bits != 8 or self.zero_points):
+            raise InputError(
+                "int8 activations go with 8-bit weights without zero points", fix="set bits: 8, zero_points: false"
+            )
 
     @property
     def top(self) -> int:
@@ -53,17 +63,23 @@ class Grid:
         """The zero of a block without zero point: 8 or 128."""
         return 1 << (self.bits - 1)
 
+    def block(self, columns: int) -> int:
+        """Columns that share a scale, in a matrix of so many columns."""
+        return columns if self.activations == "int8" else self.block_size
+
     def blocks(self, columns: int) -> int:
         """How many blocks a row of so many columns has; the last one may be short."""
-        return -(-columns // self.block_size)
+        return -(-columns // self.block(columns))
 
     def size(self, rows: int, columns: int) -> int:
-        """Bytes of codes, float32 scales and zero points of such a matrix in a `MatMulNBits` node."""
+        """Bytes of codes, float32 scales and zero points of such a matrix in the graph."""
         blocks = self.blocks(columns)
-        codes = blocks * self.block_size * self.bits // 8
+        codes = blocks * self.block(columns) * self.bits // 8
         return rows * (codes + 4 * blocks + (-(-blocks * self.bits // 8) if self.zero_points else 0))
 
     def __str__(self) -> str:
+        if self.activations == "int8":
+            return "int8, activations int8"
         return f"int{self.bits} block {self.block_size}{' with zero points' if self.zero_points else ''}"
 
 
@@ -108,10 +124,10 @@ def in_blocks(matrix: torch.Tensor, grid: Grid) -> torch.Tensor:
     import torch
 
     rows, columns = matrix.shape
-    blocks = grid.blocks(columns)
-    if missing := blocks * grid.block_size - columns:
+    blocks, size = grid.blocks(columns), grid.block(columns)
+    if missing := blocks * size - columns:
         matrix = torch.nn.functional.pad(matrix, (0, missing))
-    return matrix.reshape(rows, blocks, grid.block_size)
+    return matrix.reshape(rows, blocks, size)
 
 
 def quantize(
@@ -166,6 +182,6 @@ def unpacked(
     """
     blocks = grid.blocks(columns)
     rows = scales.numel() // blocks
-    filled = unpack(codes.reshape(rows, -1), grid.bits, blocks * grid.block_size)
+    filled = unpack(codes.reshape(rows, -1), grid.bits, blocks * grid.block(columns))
     found = None if zeros is None else unpack(zeros.reshape(rows, -1), grid.bits, blocks)
     return Quantized(grid, filled[:, :columns].contiguous(), scales.reshape(rows, blocks), found)

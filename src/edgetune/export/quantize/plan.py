@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.grid import BLOCK_SIZES, Grid
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +24,32 @@ class Plan:
     modules: other grids, by a module's full name (`model.layers.3.mlp.down_proj`) or its last part (`down_proj`). A
         fused matrix goes by its parts: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`. A tied embedding is the
         head.
-    method: `gptq` calibrates on rows; `least_error` and `min_max` need none.
+    method: of 4-bit codes; those of 8 bits are the nearest ones. `gptq` calibrates on rows, the others need none.
+    most_error: of a matrix's outputs (relative, squared) that int8 activations may bring; above it, it gets `spare`.
     """
 
     default: Grid
     modules: Mapping[str, Grid] = field(default_factory=dict)
     method: Method = "gptq"
+    most_error: float = 0.005
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rows are needed."""
+        return self.method == "gptq" or any(
+            grid.activations == "int8" for grid in (self.default, *self.modules.values())
+        )
+
+    @staticmethod
+    def spare(columns: int) -> Grid:
+        """What a matrix gets whose inputs do not bear int8 activations: 8 bits in the largest blocks that divide it."""
+        return Grid(8, next((size for size in reversed(BLOCK_SIZES) if columns % size == 0), 32))
 
     def grid(self, name: str) -> Grid:
-        """The grid of a module, by its full name."""
-        return self.modules.get(name) or self.modules.get(name.rpartition(".")[2]) or self.default
+        """The grid of a module, by its full name. The embedding and the head never get int8 activations: a lookup has
+        none, and a head's few rows gain nothing."""
+        found = self.modules.get(name) or self.modules.get(name.rpartition(".")[2]) or self.default
+        return Grid(8, 32) if found.activations == "int8" and name in (EMBEDDING, HEAD) else found
 
 
 def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
