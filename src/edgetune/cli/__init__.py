@@ -18,12 +18,15 @@ from edgetune import __version__
 from edgetune.cli import (
     bench,
     chat,
+    compare,
     data,
     doctor,
+    evaluate,
     export,
     generate,
     merge,
     models,
+    package,
     plan,
     recipes,
     run,
@@ -31,6 +34,7 @@ from edgetune.cli import (
     serve,
     sweep,
     train,
+    unpack,
     verify,
 )
 from edgetune.cli._common import guarded
@@ -71,7 +75,11 @@ def root(
     """The options that stand before a command."""
 
 
-for _command in (run, plan, sweep, train, merge, export, verify, bench, chat, generate, serve, doctor):
+_COMMANDS = (
+    *(run, plan, sweep, train, merge, export, verify, evaluate, bench, compare),
+    *(chat, generate, serve, package, unpack, doctor),
+)
+for _command in _COMMANDS:
     app.command(_command.__name__.rsplit(".", 1)[-1])(_command.command)
 for _group in (recipes, data, models, runs):
     app.add_typer(_group.app, name=_group.__name__.rsplit(".", 1)[-1])
