@@ -48,6 +48,7 @@ def _is_installed(name: str) -> bool:
 def quick(monkeypatch: pytest.MonkeyPatch):
     """Leave out what takes time and is not looked at."""
     monkeypatch.setattr(doctor, "bandwidth_gb_s", lambda: 12.34)
+    monkeypatch.setattr(doctor.providers, "examine", lambda: [])
     works = {"works": True, "providers": ["CPUExecutionProvider"], "telemetry_off": True}
     monkeypatch.setattr(doctor, "_runtime", lambda: (works, []))
 

@@ -25,6 +25,7 @@ from typing import Any
 from edgetune import __version__
 from edgetune.errors import EdgetuneError
 from edgetune.files import existing, home
+from edgetune.runtime import providers
 from edgetune.runtime.hardware import bandwidth_gb_s, hardware
 
 EXTRAS = ("runtime", "train", "export", "dev")
@@ -50,7 +51,7 @@ _BAD_PAIRS = (
 )
 # Packages that install the same folder, so that one overwrites the other.
 _SAME_FOLDER = {
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn"),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
     "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
 }
 # Not needed, but torch and transformers fail with the wrong one.
@@ -92,7 +93,7 @@ def examine() -> dict[str, Any]:
         ready for JSON: ok (the runtime works and nothing installed is broken), broken, missing and notes
         (lines for people), edgetune (its version), packages (see `Need`), extras (complete or not), runtime
         (works, providers, telemetry_off), hardware and bandwidth_gb_s (None where a package that measures
-        them is missing), disk_free_mb (by folder), home, pip.
+        them is missing), providers (see `edgetune.runtime.providers.Status`), disk_free_mb (by folder), home, pip.
 
     Raises:
         EdgetuneError: edgetune itself, or what reads versions, is not installed.
@@ -115,6 +116,7 @@ def examine() -> dict[str, Any]:
             extra: all(need.installed and need.fits for need in needs if need.extra == extra) for extra in EXTRAS
         },
         "runtime": runtime,
+        "providers": providers.examine() if runtime["works"] else [],
         "hardware": machine,
         "bandwidth_gb_s": bandwidth,
         "disk_free_mb": {str(folder): _free_mb(folder) for folder in (home(), Path.cwd())},
@@ -143,13 +145,13 @@ def packages_table(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def machine_table(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of what and value."""
     runtime, bandwidth = report["runtime"], report["bandwidth_gb_s"]
-    providers, writable = ", ".join(runtime["providers"]), report["home"]["writable"]
+    built_in, writable = ", ".join(runtime["providers"]), report["home"]["writable"]
     return [
         *(_hardware_rows(report["hardware"]) if report["hardware"] else ()),
         ("memory bandwidth", f"{bandwidth:.1f} GB/s read, measured now" if bandwidth else "not measured"),
         *((f"disk at {folder}", f"{free:,} MB free") for folder, free in report["disk_free_mb"].items()),
         ("home", f"{report['home']['path']}{'' if writable else ' (cannot be written)'}"),
-        ("execution providers", providers or "none: ONNX Runtime does not load"),
+        ("execution providers", built_in or "none: ONNX Runtime does not load"),
         ("onnxruntime-genai", "loads" if runtime["works"] else "does not load"),
         ("telemetry", "off" if runtime["telemetry_off"] else "unknown: ONNX Runtime does not load"),
         *((f"extra {extra}", "complete" if yes else "not complete") for extra, yes in report["extras"].items()),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.errors import EdgetuneError, InputError, from_system_error
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb
+from edgetune.runtime.providers import named, register_genai, require
 
 if TYPE_CHECKING:
     from edgetune.runtime.artifact import Artifact
@@ -93,6 +94,10 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
     og = genai()
     process = psutil.Process()
     start = time.perf_counter()
+    provider = named(artifact.config)
+    if provider != "cpu":
+        require(provider, artifact.name)
+        register_genai(og, provider)
     config = og.Config(str(artifact.path))
     threads = checked_threads(job["threads"])
     settings = {"intra_op_num_threads": threads}

@@ -15,6 +15,7 @@ from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
+from edgetune.runtime.providers import named, register_genai, require
 from edgetune.runtime.stops import StopFilter
 
 # Tokens of the prompt that go through the model in one call. A call cannot be interrupted and holds Python's
@@ -98,23 +99,31 @@ class Session:
     Args:
         artifact: a verified artifact.
         threads: CPU threads; all cores when None.
+        on_cpu: run it on the CPU, whatever provider it was exported for.
 
     Raises:
-        InputError: `threads` is below 1, or far more than this machine has cores.
+        InputError: `threads` is below 1, or far more than this machine has cores; the artifact needs an execution
+            provider that is missing.
         EdgetuneError: ONNX Runtime cannot load the artifact, or its tokenizer, template or stop tokens are
             not what the model was trained with (golden.json).
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, *, on_cpu: bool = False) -> None:
         threads = checked_threads(threads)
+        provider = "cpu" if on_cpu else named(artifact.config)
+        if provider != "cpu":
+            require(provider, artifact.name)
         started = time.perf_counter()
         self.artifact, self.threads = artifact, threads
         self._lock = threading.Lock()
         self._guidance_works = False
         self._og = genai()
+        register_genai(self._og, provider)
         settings = {"log_severity_level": 3, "intra_op_num_threads": self.threads}
         with _native("ONNX Runtime cannot load the artifact", artifact):
             config = self._og.Config(str(artifact.path))
+            if on_cpu:
+                config.clear_providers()
             config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
             self._model: Any = self._og.Model(config)
             self._tokenizer: Any = self._og.Tokenizer(self._model)
