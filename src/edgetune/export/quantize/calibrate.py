@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Keep = Callable[[str, Quantized], None]
 
 _FEWEST = 1_000  # tokens under which a Hessian says too little
+_TIED = 0.03  # of the Hessian's mean diagonal
 _SAMPLE = 1_000  # tokens on which the error of int8 activations is measured
 
 
@@ -69,7 +70,7 @@ def quantize_model(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        states = _embed(model, layers, weights, plan, rows if plan.calibrated else (), keep, tied)
+        states = _embed(model, layers, weights, plan, rows if plan.calibrated else (), None if tied else keep)
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
@@ -79,9 +80,8 @@ def quantize_model(
             empty(layer)
             layer_done()
             bar.advance(1)
-        if not tied:
-            _head(model, weights, plan, states, keep)
-            layer_done()
+        _head(model, weights, plan, states, keep, tied)
+        layer_done()
     return spared
 
 
@@ -108,24 +108,28 @@ class _States:
 
 
 def _embed(
-    model: Any, layers: Any, weights: Weights, plan: Plan, rows: Sequence[Sequence[int]], keep: Keep, tied: bool
+    model: Any, layers: Any, weights: Weights, plan: Plan, rows: Sequence[Sequence[int]], keep: Keep | None
 ) -> _States:
-    """Quantize the embedding, and run the rows up to the first layer."""
+    """Quantize the embedding, and run the rows up to the first layer. A tied one (no `keep`) is left for the head."""
     import torch
 
     base, embedding = model.base_model, model.get_input_embeddings()
-    name = HEAD if tied else EMBEDDING
-    grid = plan.grid(name)
-    check_blocks(name, embedding.weight, grid)
-    found = _rounded(weights.get(f"{EMBEDDING}.weight"), grid, plan)
-    keep(name, found)
+    if keep is None and not rows:
+        return _States()
+    weight = weights.get(f"{EMBEDDING}.weight")
+    if keep:
+        grid = plan.grid(EMBEDDING)
+        check_blocks(EMBEDDING, weight, grid)
+        found = _rounded(weight, grid, plan)
+        keep(EMBEDDING, found)
+        weight = found.dequantize()
     states = _States()
     if not rows:
         return states
     for name, child in base.named_children():
         if child is not layers and child is not embedding:
             weights.fill(child, f"{model.base_model_prefix}.{name}")
-    embedding.weight = torch.nn.Parameter(found.dequantize(), requires_grad=False)
+    embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
     for layer in layers:
         layer.forward = _recorder(states)
     for ids in rows:
@@ -197,7 +201,7 @@ class _Layer:
                 else:
                     if size not in factors:
                         factors[size] = factor(hessian, size)
-                    result = gptq(weight, factors[size], grid)
+                    result = gptq(weight, factors[size], grid).as_stored()
                 keep(part, result)
                 if self._states.hidden:
                     rounded.append(result.dequantize())
@@ -313,14 +317,15 @@ class _Stop(Exception):
 
 
 def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
-    return least_error(weight, grid) if plan.method == "least_error" else min_max(weight, grid)
+    found = least_error(weight, grid) if plan.method == "least_error" else min_max(weight, grid)
+    return found.as_stored()
 
 
-def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep) -> None:
-    """An untied head: its inputs are the last hidden states, normed."""
+def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep, tied: bool) -> None:
+    """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
     import torch
 
-    grid, weight = plan.grid(HEAD), weights.get(f"{HEAD}.weight")
+    grid, weight = plan.grid(HEAD), weights.get(f"{EMBEDDING if tied else HEAD}.weight")
     check_blocks(HEAD, weight, grid)
     if not states.hidden or grid.bits == 8 or plan.method != "gptq":
         keep(HEAD, _rounded(weight, grid, plan))
@@ -329,7 +334,9 @@ def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep)
     for hidden in states.hidden:
         inputs = model.base_model.norm(hidden).flatten(0, -2)
         total.addmm_(inputs.T, inputs)
-    keep(HEAD, gptq(weight, factor(total, grid.block_size), grid))
+    if tied:  # a lookup reads single weights: these shall not be bent as far as the products would bear
+        total.diagonal().add_(_TIED * total.diagonal().mean())
+    keep(HEAD, gptq(weight, factor(total, grid.block_size), grid).as_stored())
 
 
 def check_blocks(name: str, weight: torch.Tensor, grid: Grid) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,10 @@ class Checkpoint:
     def int8(self) -> list[str]:
         """The matrices that are computed with int8 activations."""
         return [name for name, grid in self._grids.items() if grid.activations == "int8"]
+
+    def grids(self) -> dict[str, int]:
+        """How many matrices lie on each grid."""
+        return dict(Counter(map(str, self._grids.values())).most_common())
 
     def _write_embedding(self, found: Quantized) -> None:
         from safetensors.torch import save_file

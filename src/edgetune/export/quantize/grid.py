@@ -72,10 +72,12 @@ class Grid:
         return -(-columns // self.block(columns))
 
     def size(self, rows: int, columns: int) -> int:
-        """Bytes of codes, float32 scales and zero points of such a matrix in the graph."""
+        """Bytes of codes, scales and zero points of such a matrix in the graph; scales of 4-bit weights have 16 bits."""
         blocks = self.blocks(columns)
         codes = blocks * self.block(columns) * self.bits // 8
-        return rows * (codes + 4 * blocks + (-(-blocks * self.bits // 8) if self.zero_points else 0))
+        return rows * (
+            codes + (2 if self.bits == 4 else 4) * blocks + (-(-blocks * self.bits // 8) if self.zero_points else 0)
+        )
 
     def __str__(self) -> str:
         if self.activations == "int8":
@@ -104,6 +106,11 @@ class Quantized:
         codes = in_blocks(self.codes, self.grid).float()
         zeros = self.grid.middle if self.zeros is None else self.zeros[..., None].float()
         return ((codes - zeros) * self.scales[..., None]).reshape(rows, -1)[:, :columns]
+
+    def as_stored(self) -> Quantized:
+        """With the scales that the graph keeps: 16 bits for 4-bit weights, of which they would be a fifth otherwise."""
+        scales = self.scales.half().float() if self.grid.bits == 4 else self.scales
+        return Quantized(self.grid, self.codes, scales, self.zeros)
 
     def packed_codes(self) -> torch.Tensor:
         """Input B of `MatMulNBits`: (rows, blocks, bytes of a block) uint8; a short last block is filled up."""

@@ -1,0 +1,114 @@
+"""Our own quantization, between the merged model and the model builder: a checkpoint that the builder reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune import progress
+from edgetune.data.batch import Encoded, cut
+from edgetune.errors import EdgetuneError, InputError
+from edgetune.export.quantize.calibrate import quantize_model
+from edgetune.export.quantize.checkpoint import Checkpoint
+from edgetune.export.quantize.section import QuantizationSection
+
+if TYPE_CHECKING:
+    from edgetune.export.quantize.plan import Plan
+
+# How the builder reads such a checkpoint: fused matrices would need one grid for their parts, and its own way to share
+# a tied embedding writes graphs that do not load.
+BUILDER_OPTIONS = {"fuse_qkv": "false", "shared_embeddings": "false"}
+CALIBRATION_ROWS = 512  # at most
+_LONGEST = 1024  # tokens of a row that are calibrated on: attention's memory grows with their square
+
+
+def calibration_rows(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
+    """The first rows that have so many tokens together, each cut to 1,024."""
+    found: list[Encoded] = []
+    total = 0
+    for row in rows:
+        if total >= tokens:
+            break
+        found.append(cut(row, _LONGEST))
+        total += len(found[-1].ids)
+    return found
+
+
+def write_checkpoint(
+    folder: Path,
+    merged: Path,
+    section: QuantizationSection,
+    rows: Sequence[Encoded],
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[list[str], dict[str, Any]]:
+    """Quantize a merged model into a checkpoint that the model builder reads.
+
+    Args:
+        folder: existing, empty folder.
+        merged: transformers folder.
+        section: the target's `quantization`.
+        rows: training rows; as many as the section wants are calibrated on.
+
+    Returns:
+        The matrices that `graph.finish` is to give the kernel for int8 activations, and what the report says: `grids` (how
+        many matrices have each), `spared` (matrices that could not bear int8 activations, and the error), seconds.
+
+    Raises:
+        InputError: rows are needed and not given, or the model cannot be quantized so.
+    """
+    started = time.monotonic()
+    check_kernels(section)
+    plan = section.plan()
+    chosen = _chosen(plan, rows, section.calibration_tokens)
+    writer = Checkpoint(folder, merged, plan)
+    spared = quantize_model(
+        merged,
+        plan,
+        [row.ids for row in chosen],
+        writer.keep,
+        keep_float=writer.keep_float,
+        layer_done=writer.layer_done,
+        trust_remote_code=trust_remote_code,
+    )
+    writer.finish(trust_remote_code=trust_remote_code)
+    if spared:
+        progress.say(f"export: {len(spared)} matrices do not bear int8 activations and keep 8-bit weights only")
+    return writer.int8, {
+        "method": plan.method,
+        "calibration_tokens": sum(len(row.ids) for row in chosen),
+        "grids": writer.grids(),
+        "spared": {name: round(error, 5) for name, error in spared.items()},
+        "weights_mb": round(writer.weight_bytes / 1e6, 3),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def check_kernels(section: QuantizationSection) -> None:
+    """Raise EdgetuneError where this processor computes a kernel wrong that the target wants."""
+    from edgetune.runtime.kernels import KERNELS, wrong
+
+    plan = section.plan()
+    wanted = {(grid.bits, grid.zero_points, grid.activations) for grid in (plan.default, *plan.modules.values())}
+    found = wrong()
+    bad = [one.name for one in KERNELS if one.name in found and (one.bits, one.zero_points, one.activations) in wanted]
+    if bad:
+        raise EdgetuneError(
+            f"this processor and this build of ONNX Runtime compute {bad[0]} wrong, by {found[bad[0]]:.0%}",
+            where="export.target",
+            fix="update onnxruntime, or use a target without it (zero_points: false, activations: float)",
+        )
+
+
+def _chosen(plan: Plan, rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
+    if not plan.calibrated:
+        return []
+    if not rows:
+        raise InputError(
+            "this target calibrates on examples, and none are given",
+            where="export.target",
+            fix="give them (`--data FILE`), or choose a target that needs none, such as cpu-int8",
+        )
+    return calibration_rows(rows, tokens)

@@ -1,0 +1,34 @@
+"""The self-test of quantized products, and that it would notice a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgetune.runtime import kernels
+
+
+def test_this_processor_computes_right() -> None:
+    found = kernels.errors()
+    assert set(found) == {kernel.name for kernel in kernels.KERNELS}
+    assert kernels.wrong() == {}
+
+
+def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernels.weights
+
+    def other(kernel: kernels.Kernel) -> object:
+        codes, scales, zeros = real(kernel)
+        return codes, scales, zeros // 2 if kernel.name == "int4 with zero points" else zeros
+
+    monkeypatch.setattr(kernels, "weights", other)
+    assert set(kernels.wrong()) == {"int4 with zero points"}
+
+
+def test_the_file_is_what_its_maker_makes() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("torch")
+    from edgetune.export.kernel_graph import graph
+
+    assert Path(kernels.__file__).with_name("kernels.onnx").read_bytes() == graph().SerializeToString()
