@@ -20,6 +20,7 @@ __all__ = [
     "DistributedSection",
     "EarlyStopping",
     "ExportSection",
+    "HealSection",
     "Limits",
     "MergeSection",
     "ModelSection",
@@ -78,6 +79,24 @@ class DataSection(Section):
     )
 
 
+class HealSection(Section):
+    """Repair after quantization: codes and scales learn to give the merged model's own next-token distributions."""
+
+    steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps on the training rows; 0 leaves it out. What is exported is never worse for it: the "
+        "best step by KL divergence on rows held out from these is taken.",
+    )
+    step_tokens: int = Field(1200, ge=64, description="Tokens of rows in a step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Of the scales: how far a step moves one, as a share of it.")
+    rank: int = Field(0, ge=0, le=256, description="Of the low-rank matrices that move codes; 0: only scales learn.")
+    rank_learning_rate: float = Field(2e-3, gt=0, description="Of these matrices, in codes.")
+    positions: Literal["all", "learned"] = Field(
+        "all", description="Where the distributions are compared: at every token, or at those that carry loss."
+    )
+
+
 class ExportSection(Section):
     """The ONNX artifact."""
 
@@ -90,6 +109,7 @@ class ExportSection(Section):
         ge=16,
         description="Context of the artifact in tokens, prompt and answer together; capped at the model's own.",
     )
+    heal: HealSection = Field(default_factory=HealSection, description="Repair after quantization.")
 
 
 class Limits(Section):
@@ -108,6 +128,12 @@ class VerifySection(Section):
 
     rows: int = Field(32, ge=1, description="Held-out rows that are compared.")
     golden_tokens: int = Field(32, ge=1, description="Greedy tokens generated for each golden prompt.")
+    step: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of a row that are fed to the artifact at once: 1 as in decoding, 64 as the runtime reads "
+        "prompts; whole rows when not given. Tells apart kernels whose rounding depends on it.",
+    )
     limits: Limits = Field(default_factory=Limits, description="The gate's limits.")
 
 

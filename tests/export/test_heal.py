@@ -12,12 +12,13 @@ from edgetune.data.batch import Encoded
 from edgetune.errors import InputError
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.quantize.grid import Grid, Quantized
-from edgetune.export.quantize.heal import Healing, heal
+from edgetune.export.quantize.heal import heal
 from edgetune.export.quantize.heal_layers import Matrix, Place, as_int8, install
 from edgetune.export.quantize.plan import Plan
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import round_inputs
 from edgetune.models import load_model
+from edgetune.recipe import HealSection
 
 PLAN = Plan(
     Grid(4, 32, True),
@@ -59,8 +60,8 @@ def test_the_healed_model_is_nearer_to_the_merged_one_on_the_same_grids(tiny_mod
     found, floats = _quantized(tiny_model)
     assert floats  # smoothed for the int8 activations
     rows = _rows()
-    how = Healing(steps=24, step_tokens=600, rank=rank, learning_rate=4e-3, rank_rate=2e-2)
-    healed = heal(tiny_model, found, rows, how, floats=floats)
+    how = HealSection(steps=24, step_tokens=600, rank=rank, learning_rate=4e-3, rank_learning_rate=2e-2)
+    healed = heal(tiny_model, found, rows, how, seed=1, floats=floats)
     assert {name: q.grid for name, q in healed.found.items()} == {name: q.grid for name, q in found.items()}
     assert all(
         (now.zeros is None) == (was.zeros is None)
@@ -142,8 +143,8 @@ def test_the_same_seed_gives_the_same_bits_also_when_it_was_interrupted(
     from edgetune.export.quantize.heal_student import Student
 
     found, _ = _quantized(tiny_model, Plan(Grid(4, 32, True), {}, "min_max"))
-    rows, how = _rows(), Healing(steps=8, step_tokens=400, rank=2, learning_rate=4e-3)
-    whole = heal(tiny_model, found, rows, how)
+    rows, how = _rows(), HealSection(steps=8, step_tokens=400, rank=2, learning_rate=4e-3)
+    whole = heal(tiny_model, found, rows, how, seed=1)
     step, taken = Student.step, []
 
     def dies(self: Student, numbers: Sequence[int]) -> float:
@@ -155,8 +156,8 @@ def test_the_same_seed_gives_the_same_bits_also_when_it_was_interrupted(
     monkeypatch.setattr(module, "_CHECKPOINT_S", 0.0)
     monkeypatch.setattr(Student, "step", dies)
     with pytest.raises(KeyboardInterrupt):
-        heal(tiny_model, found, rows, how, checkpoints=tmp_path)
-    resumed = heal(tiny_model, found, rows, how, checkpoints=tmp_path)
+        heal(tiny_model, found, rows, how, seed=1, checkpoints=tmp_path)
+    resumed = heal(tiny_model, found, rows, how, seed=1, checkpoints=tmp_path)
     assert len(taken) == 6 + 3  # five were done and kept
     for name, matrix in whole.found.items():
         assert matrix.codes.equal(resumed.found[name].codes)
@@ -165,14 +166,14 @@ def test_the_same_seed_gives_the_same_bits_also_when_it_was_interrupted(
 
 def test_what_makes_it_worse_is_not_kept(tiny_model: Path) -> None:
     found, _ = _quantized(tiny_model, Plan(Grid(8, 32), {}, "min_max"))
-    healed = heal(tiny_model, found, _rows(), Healing(steps=2, step_tokens=100, learning_rate=2.0))
+    healed = heal(tiny_model, found, _rows(), HealSection(steps=2, step_tokens=100, learning_rate=2.0), seed=1)
     assert healed.report["best_step"] == 0
     assert all(healed.found[name] is matrix for name, matrix in found.items())
 
 
 def test_a_loss_that_is_no_number_stops_it(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = _quantized(tiny_model, Plan(Grid(4, 32), {}, "min_max"))
-    healed = heal(tiny_model, found, _rows(), Healing(steps=6, step_tokens=100, learning_rate=1e6))
+    healed = heal(tiny_model, found, _rows(), HealSection(steps=6, step_tokens=100, learning_rate=1e6), seed=1)
     assert "not a number" in healed.report["stopped"]
     assert "not a number" in capsys.readouterr().err
     assert all(matrix.scales.isfinite().all() for matrix in healed.found.values())
@@ -181,9 +182,11 @@ def test_a_loss_that_is_no_number_stops_it(tiny_model: Path, capsys: pytest.Capt
 def test_too_few_rows_and_unknown_matrices_are_refused(tiny_model: Path) -> None:
     found, _ = _quantized(tiny_model, Plan(Grid(8, 32), {}, "min_max"))
     with pytest.raises(InputError, match="3 rows of 180 tokens are too few"):
-        heal(tiny_model, found, _rows(3), Healing(steps=1))
+        heal(tiny_model, found, _rows(3), HealSection(steps=1), seed=1)
     silent = [Encoded(row.ids, [False] * len(row.ids)) for row in _rows()]
     with pytest.raises(InputError, match="only 0 rows"):
-        heal(tiny_model, found, silent, Healing(steps=1, positions="learned"))
-    with pytest.raises(InputError, match="no matrix model[.]layers[.]9"):
-        heal(tiny_model, {**found, "model.layers.9.mlp.up_proj": found["lm_head"]}, _rows(), Healing(steps=1))
+        heal(tiny_model, found, silent, HealSection(steps=1, positions="learned"), seed=1)
+    with pytest.raises(InputError, match=r"no matrix model\.layers\.9"):
+        heal(
+            tiny_model, {**found, "model.layers.9.mlp.up_proj": found["lm_head"]}, _rows(), HealSection(steps=1), seed=1
+        )

@@ -24,6 +24,7 @@ from edgetune.cli import (
     evaluate,
     export,
     generate,
+    heal,
     merge,
     models,
     package,
@@ -76,7 +77,7 @@ def root(
 
 
 _COMMANDS = (
-    *(run, plan, sweep, train, merge, export, verify, evaluate, bench, compare),
+    *(run, plan, sweep, train, merge, export, heal, verify, evaluate, bench, compare),
     *(chat, generate, serve, package, unpack, doctor),
 )
 for _command in _COMMANDS:

@@ -13,7 +13,7 @@ import io
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from edgetune.errors import InputError
 from edgetune.export.quantize.grid import Quantized
 from edgetune.files import digest, write_bytes
 from edgetune.models.quiet import quiet
+from edgetune.recipe import HealSection
 
 if TYPE_CHECKING:
     import torch
@@ -36,29 +37,6 @@ _HELD_OUT_TOKENS = 3_000
 _LOOKS = 8  # at the held-out rows, in all
 _WARM = 0.1  # of the steps, in which the learning rate grows
 _CHECKPOINT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Healing:
-    """How long and how fast it learns.
-
-    Attributes:
-        steps: optimizer steps.
-        step_tokens: tokens of rows a step.
-        learning_rate: of the scales' logarithms.
-        rank: of the low-rank matrices that move codes; 0: codes stay.
-        rank_rate: learning rate of these, in codes.
-        positions: whose distributions are compared: those that carry loss, or all.
-        seed: of the order of rows and the first low-rank matrices.
-    """
-
-    steps: int = 100
-    step_tokens: int = 1200
-    learning_rate: float = 1e-3
-    rank: int = 0
-    rank_rate: float = 2e-3
-    positions: str = "all"
-    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -76,8 +54,9 @@ def heal(
     folder: Path,
     found: Mapping[str, Quantized],
     rows: Sequence[Encoded],
-    how: Healing,
+    section: HealSection,
     *,
+    seed: int,
     floats: Mapping[str, torch.Tensor] | None = None,
     checkpoints: Path | None = None,
     trust_remote_code: bool = False,
@@ -88,7 +67,8 @@ def heal(
         folder: merged transformers folder, the teacher.
         found: the quantized matrices by full module name; a tied embedding is `lm_head`.
         rows: encoded rows; a tenth of them is held out, to choose the best step by.
-        how: steps and rates.
+        section: the recipe's `export.heal`; how many steps, and how large.
+        seed: of the order of rows and of the first low-rank matrices.
         floats: tensors of the quantized model that are not the merged model's (smoothed norms), by their names there.
         checkpoints: folder in which a file keeps what was learned, once a minute; a later call with the same arguments
             goes on from it. The caller removes it.
@@ -100,7 +80,7 @@ def heal(
     started = time.monotonic()
     _check(rows)
     with quiet():
-        work = _Work(folder, found, rows, how, floats or {}, trust_remote_code)
+        work = _Work(folder, found, rows, section, seed, floats or {}, trust_remote_code)
         kept = _Kept(checkpoints, work.key)
         work.learn(kept)
     best, report = kept.best, work.report(kept)
@@ -177,15 +157,16 @@ class _Work:
         folder: Path,
         found: Mapping[str, Quantized],
         rows: Sequence[Encoded],
-        how: Healing,
+        section: HealSection,
+        seed: int,
         floats: Mapping[str, torch.Tensor],
         trust_remote_code: bool,
     ) -> None:
         from edgetune.export.quantize.heal_student import Student
 
-        self.how = how
-        draw = np.random.default_rng([how.seed, len(rows)])
-        chosen = [_at(row, how.positions) for row in rows]
+        self.section = section
+        draw = np.random.default_rng([seed, len(rows)])
+        chosen = [_at(row, section.positions) for row in rows]
         order = [int(i) for i in draw.permutation(len(rows)) if any(chosen[i].learned[1:])]
         if len(order) < _FEWEST_ROWS:
             raise InputError(
@@ -196,34 +177,40 @@ class _Work:
         while len(held) < max(2, _HELD_OUT * len(rows)) and tokens < _HELD_OUT_TOKENS:
             held.append(order.pop())
             tokens += len(rows[held[-1]].ids)
-        self.steps = _steps(order, [len(row.ids) for row in rows], how, draw)
+        self.steps = _steps(order, [len(row.ids) for row in rows], section, draw)
         self.student = Student(folder, chosen, trust_remote_code=trust_remote_code)
         used = sorted({i for step in self.steps for i in step} | set(held))
         self.student.listen(used)
-        self.student.become(dict(found), floats, how.rank, how.seed)
+        self.student.become(dict(found), floats, section.rank, seed)
         self.held = held
-        self.key = digest({"how": asdict(how), "rows": _hash_rows(rows), "matrices": _hash_matrices(found)})
+        self.key = digest(
+            {"section": section.model_dump(), "seed": seed, "rows": _hash_rows(rows), "matrices": _hash_matrices(found)}
+        )
 
     def learn(self, kept: _Kept) -> None:
         import torch
 
-        student, how = self.student, self.how
+        student, section = self.student, self.section
         optimizer = torch.optim.AdamW(
-            student.groups(how.learning_rate, how.rank_rate), betas=(0.9, 0.95), eps=1e-20, weight_decay=0.0, fused=True
+            student.groups(section.learning_rate, section.rank_learning_rate),
+            betas=(0.9, 0.95),
+            eps=1e-20,
+            weight_decay=0.0,
+            fused=True,
         )
         peaks = [group["lr"] for group in optimizer.param_groups]
         if kept.state.learned is not None and kept.state.optimizer is not None:
             student.load(kept.state.learned)
             optimizer.load_state_dict(kept.state.optimizer)
-            progress.say(f"heal: resuming after step {kept.state.step} of {how.steps}")
+            progress.say(f"heal: resuming after step {kept.state.step} of {section.steps}")
         elif not kept.looks:
             self._look(kept, 0)
         first = kept.state.step
-        with progress.task("heal", how.steps) as bar:
+        with progress.task("heal", section.steps) as bar:
             bar.advance(first)
-            for number in range(first, how.steps):
+            for number in range(first, section.steps):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * _rate(number, how.steps)
+                    group["lr"] = peak * _rate(number, section.steps)
                 began = time.monotonic()
                 loss = student.step(self.steps[number])
                 if not math.isfinite(loss):
@@ -234,9 +221,9 @@ class _Work:
                 optimizer.zero_grad()
                 student.refresh()
                 if number == first + 1:
-                    left = (time.monotonic() - began) * (how.steps - number - 1)
-                    progress.say(f"heal: {how.steps} steps, about {progress.clock(left)}")
-                if (number + 1) % max(1, how.steps // _LOOKS) == 0 or number + 1 == how.steps:
+                    left = (time.monotonic() - began) * (section.steps - number - 1)
+                    progress.say(f"heal: {section.steps} steps, about {progress.clock(left)}")
+                if (number + 1) % max(1, section.steps // _LOOKS) == 0 or number + 1 == section.steps:
                     self._look(kept, number + 1)
                 kept.state = _State(number + 1, student.learned(), optimizer.state_dict())
                 if kept.due():
@@ -254,7 +241,7 @@ class _Work:
         """What the export's report says of it."""
         best = min(kept.looks, key=lambda look: look["kld_mean"])
         return {
-            **asdict(self.how),
+            **self.section.model_dump(),
             "steps_done": kept.state.step,
             "best_step": best["step"],
             "held_out": {"rows": len(self.held), "before": kept.looks[0], "after": best},
@@ -276,19 +263,21 @@ def _at(row: Encoded, positions: str) -> Encoded:
     return row if positions == "learned" else Encoded(row.ids, [False, *[True] * (len(row.ids) - 1)], row.notes)
 
 
-def _steps(order: Sequence[int], lengths: Sequence[int], how: Healing, draw: np.random.Generator) -> list[list[int]]:
+def _steps(
+    order: Sequence[int], lengths: Sequence[int], section: HealSection, draw: np.random.Generator
+) -> list[list[int]]:
     """Row numbers of each step; every pass over the rows has an order of its own."""
     steps: list[list[int]] = []
-    while len(steps) < how.steps:
+    while len(steps) < section.steps:
         step: list[int] = []
         for row in draw.permutation(np.array(order)).tolist():
-            if step and sum(lengths[i] for i in step) + lengths[row] > how.step_tokens:
+            if step and sum(lengths[i] for i in step) + lengths[row] > section.step_tokens:
                 steps.append(step)
                 step = []
             step.append(row)
         if not steps or len(order) < 2:
             steps.append(step)
-    return steps[: how.steps]
+    return steps[: section.steps]
 
 
 def _hash_rows(rows: Sequence[Encoded]) -> str:
