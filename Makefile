@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all gpu-check lint clean
+.PHONY: help setup demo test test-all test-providers gpu-check lint clean
 
 help:
 	@echo "make demo      fine-tune, export, verify and benchmark a real model (3 minutes on 2 cores, once installed)"
 	@echo "make test      run the tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  run the slow tests, too"
+	@echo "make test-providers  install the provider plugins, and export every target, run where a device is found"
 	@echo "make gpu-check run the tests that need a CUDA device, on a machine that has one"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv and caches (runs/ stays)"
@@ -34,6 +35,13 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+# A plugin that has no wheel for this machine is left out; the tests say what could not be run.
+PLUGINS := onnxruntime-ep-openvino onnxruntime-ep-webgpu onnxruntime-qnn onnxruntime-ep-nv-tensorrt-rtx
+test-providers: $(READY)
+	@for plugin in $(PLUGINS); do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: $$plugin || echo "$$plugin: no wheel here"; done
+	$(BIN)/edgetune doctor
+	$(BIN)/python -m pytest tests/runtime/test_providers.py tests/export/test_targets_run.py
 
 # On a machine whose Python has a CUDA build of torch already: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from edgetune.errors import InputError
-from edgetune.export.targets import load_target, names
+from edgetune.export.targets import limits_of, load_target, names, require_fit, with_limits
+from edgetune.recipe import Limits
+from edgetune.runtime.providers import PROVIDERS
 
 
 def test_the_shipped_targets_load() -> None:
@@ -36,3 +39,47 @@ def test_wrong_files(tmp_path: Path, text: str, said: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         load_target(str(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuda-fp16", "cuda-bf16", "cuda-int4", "dml-int4", "webgpu-int4", "tensorrt-rtx-fp16", "mobile-arm64-int4",
+        "qnn-npu", "vitisai-fpga", "openvino-cpu",
+    ],
+)  # fmt: skip
+def test_targets_for_other_devices_say_what_they_forbid(name: str) -> None:
+    target = load_target(name)
+    assert target.graph.forbidden_types and target.limits.kld_mean > 0
+    assert bool(target.static) == (target.provider in ("qnn", "vitisai"))
+    assert target.provider == "cpu" or target.provider in PROVIDERS
+
+
+def test_static_shapes_are_of_eight_bits(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("precision: int4\nprovider: qnn\ndescription: x\nneeds: y\nstatic: {prefill: 32}\n")
+    with pytest.raises(InputError, match="set precision: int8"):
+        load_target(str(path))
+
+
+def test_the_recipe_overrides_the_targets_limits_one_by_one() -> None:
+    target = load_target("cuda-fp16")
+    own = Limits.model_validate({"kld_mean": 0.05})  # the default, said aloud
+    found = with_limits(target, own)
+    assert found.kld_mean == 0.05 and found.kld_p99 == target.limits.kld_p99 == 0.1
+
+
+def test_limits_travel_in_the_manifest(tmp_path: Path) -> None:
+    assert limits_of(tmp_path) == Limits()
+    work = {"options": {"target": load_target("cuda-fp16").options_of_work()}}
+    (tmp_path / "manifest.json").write_text(json.dumps(work))
+    assert limits_of(tmp_path).top1_agreement == 0.97
+
+
+def test_a_model_whose_heads_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 60, "num_attention_heads": 5}')
+    require_fit(load_target("cpu-int8"), tmp_path)
+    with pytest.raises(InputError, match="heads have 12 numbers; cuda needs a multiple of 8"):
+        require_fit(load_target("cuda-fp16"), tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 60, "num_attention_heads": 5, "head_dim": 16}')
+    require_fit(load_target("cuda-fp16"), tmp_path)

@@ -69,8 +69,22 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
     return "\n".join(lines) + "\n"
 
 
+def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Whether the graph was run on what it is for, and which provider ran which share of its nodes."""
+    device = reports.get("export", {}).get("device")
+    verified = reports.get("verify", {}).get("device")
+    if not device:
+        return []
+    if verified and verified["ran"]:
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in verified["shares"].items())
+        return [("verified on the device", f"yes; nodes by provider: {parts}")]
+    if device["ran"]:
+        return []
+    return [("on the device", "checked, not run on the device: run `edgetune verify` there")]
+
+
 def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
-    rows: list[tuple[str, str]] = []
+    rows = _on_device(reports)
     if train := reports.get("train"):
         before, after = train["validation"]["before"], train["validation"]["after"]
         rows.append(("validation loss, before → after training", f"{before['loss']:.3f} → {after['loss']:.3f}"))

@@ -9,17 +9,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.contract import write_contract
-from edgetune.export.targets import Target
+from edgetune.export.kv_cache import write_scales
+from edgetune.export.qdq import to_static
+from edgetune.export.targets import Target, require_fit
 from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
 from edgetune.models import context_length, stop_ids
+from edgetune.runtime.providers import PROVIDERS
 
-_BYTES_A_WEIGHT = {"fp32": 4.0, "int8": 1.2, "int4": 0.7}
+if TYPE_CHECKING:
+    from edgetune.data.batch import Encoded
+
+_BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
 
 
 def export_decoder(
@@ -30,6 +37,7 @@ def export_decoder(
     artifact: Path,
     report: Path,
     name: str,
+    rows: Sequence[Encoded] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
@@ -41,6 +49,7 @@ def export_decoder(
         artifact: existing, empty folder; the model card and the manifest are added by the caller.
         report: existing folder for builder.log.
         name: the artifact's name, for catalogs.
+        rows: training rows, for a target that calibrates.
         trust_remote_code: run code that the model's folder brings.
 
     Returns:
@@ -50,24 +59,37 @@ def export_decoder(
         InputError: the builder does not know the architecture, or the disk is too small.
         EdgetuneError: the builder failed; its log is kept and named.
     """
+    require_fit(target, merged)
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     bytes_in = _bytes_a_parameter(merged)
     require_space(
         artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export"
     )
     started = time.monotonic()
-    peak = _build(merged, target, artifact, report / "builder.log", trust_remote_code)
+    more: dict[str, Any] = {}
+    log = report / "builder.log"
+    if target.kv_cache == "int8":
+        scales = write_scales(
+            merged, [row.ids for row in rows], report / "kv_scales.json", trust_remote_code=trust_remote_code
+        )
+        target = target.model_copy(update={"options": {**target.options, **scales}})
+    peak = _build(merged, target, artifact, log, trust_remote_code)
     context = context_length(merged)
     limit = min(max_length, context)
+    if target.static:
+        more["static"] = to_static(artifact, target.static, limit, [row.ids for row in rows])
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     ids = stop_ids(merged)
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    _name_provider(config, target)
     config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
     write_json(artifact / "genai_config.json", config)
     tokenizer = json.loads((artifact / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only", "name_or_path"):
         tokenizer.pop(key, None)
     write_json(artifact / "tokenizer_config.json", tokenizer)
+    words = json.loads((artifact / "tokenizer.json").read_text(encoding="utf-8"))
+    write_text(artifact / "tokenizer.json", json.dumps(words, ensure_ascii=False, separators=(",", ":")))
     write_contract(merged, artifact, ids, name, trust_remote_code=trust_remote_code)
     _check_files(artifact)
     return {
@@ -79,7 +101,15 @@ def export_decoder(
         "files_mb": {path.name: round(path.stat().st_size / 1e6, 3) for path in sorted(artifact.iterdir())},
         "seconds": round(time.monotonic() - started, 1),
         "builder_peak_rss_mb": peak,
+        **more,
     }
+
+
+def _name_provider(config: dict[str, Any], target: Target) -> None:
+    """Have ONNX Runtime GenAI load the graph on the target's provider, where the builder does not say so itself."""
+    if target.provider != "cpu" and (options := PROVIDERS[target.provider].options) is not None:
+        session = config["model"]["decoder"].setdefault("session_options", {})
+        session["provider_options"] = [{PROVIDERS[target.provider].genai: options}]
 
 
 def _bytes_a_parameter(merged: Path) -> float:
@@ -90,15 +120,15 @@ def _bytes_a_parameter(merged: Path) -> float:
 def _build(merged: Path, target: Target, artifact: Path, log: Path, trust_remote_code: bool) -> float:
     layers = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 1)
     total = (
-        layers if target.precision == "fp32" else 6 * layers + 1
+        layers if target.precision in ("fp32", "fp16", "bf16") else 6 * layers + 1
     )  # the builder quantizes about five matrices a layer
     cache = tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}builder-", dir=artifact.parent)
     with cache as folder, progress.task("export", total) as bar:
         job = {
             "model": str(merged.absolute()),
             "out": str(artifact.absolute()),
-            "precision": target.precision,
-            "provider": target.provider,
+            "precision": "fp32" if target.static else target.precision,  # quantized afterwards
+            "provider": "cpu" if target.provider == "cpu" else PROVIDERS[target.provider].builder,
             "cache": folder,
             "options": {**target.options, **({"hf_remote": "true"} if trust_remote_code else {})},
         }
@@ -167,9 +197,11 @@ def _explain(code: int, log: str, target: Target, artifact: Path) -> EdgetuneErr
 def _check_files(artifact: Path) -> None:
     missing = [
         name
-        for name in ("genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json")
+        for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json")
         if not (artifact / name).is_file()
     ]
+    if not any(artifact.glob("*.onnx")):
+        missing.append("its graph")
     if missing:
         raise EdgetuneError(
             f"the export lacks {', '.join(missing)}",

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, first_line
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
+from edgetune.export.graph_check import check_graph
 from edgetune.export.targets import Target
+from edgetune.export.weight_check import compare_weights
 from edgetune.files import folder_size, write_json, write_text
 from edgetune.run import Work, seal
+from edgetune.runtime.providers import status
+
+if TYPE_CHECKING:
+    from edgetune.data.batch import Encoded
+
+# How ONNX Runtime words that the CPU does not have an operator, or not for these types.
+_NO_KERNEL = re.compile(r"NOT_IMPLEMENTED|Could not find an implementation")
 
 
 def export(
@@ -24,6 +35,7 @@ def export(
     trust_remote_code: bool,
     artifact: Path,
     report: Path,
+    rows: Sequence[Encoded] = (),
 ) -> dict[str, Any]:
     """Write a whole artifact and load it once.
 
@@ -37,6 +49,7 @@ def export(
         trust_remote_code: run code that the model's folder brings.
         artifact: existing, empty folder.
         report: existing folder for report.json and builder.log.
+        rows: training rows, for a target that calibrates.
 
     Returns:
         The report.
@@ -46,23 +59,48 @@ def export(
         EdgetuneError: the builder failed, or its artifact does not load or does not keep the chat contract.
     """
     found = export_decoder(
-        merged, target, max_length, artifact=artifact, report=report, name=name, trust_remote_code=trust_remote_code
+        merged,
+        target,
+        max_length,
+        artifact=artifact,
+        report=report,
+        name=name,
+        rows=rows,
+        trust_remote_code=trust_remote_code,
     )
+    graphs = sorted(artifact.glob("*.onnx"))
+    found["graphs"] = {file.name: check_graph(file, target) for file in graphs}
+    here = status(target.provider)
+    found["device"] = {"provider": target.provider, "ran": here.runs, "why_not": here.note}
+    if not here.runs:
+        found["weights"] = compare_weights(merged, graphs[0], target.precision)
     write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
     seal(artifact, work, name=name, task="text-generation", chain=chain)
-    _load(artifact)
+    found["device"].update(_load(artifact, here.runs))
     found["size_mb"] = round(folder_size(artifact) / 1e6, 3)
     write_json(report / "report.json", found)
     return found
 
 
-def _load(artifact: Path) -> None:
-    """Load the artifact as the device does, golden prompts included, and let it answer."""
+def _load(artifact: Path, runs: bool) -> dict[str, Any]:
+    """Load the artifact as the device does, golden prompts included, and let it answer.
+
+    Where its provider is not on this machine (`runs` is False), the CPU does it, as far as it has the operators.
+
+    Returns:
+        For the report: `ran_on_cpu`, and `cpu_says` where the CPU could not.
+    """
     from edgetune.runtime.artifact import open_artifact
     from edgetune.runtime.options import GenerationOptions
     from edgetune.runtime.session import Session
 
-    with Session(open_artifact(artifact)) as session:
-        answer = session.generate("Hello", GenerationOptions(max_tokens=4))
+    try:
+        with Session(open_artifact(artifact), on_cpu=not runs) as session:
+            answer = session.generate("Hello", GenerationOptions(max_tokens=4))
+    except EdgetuneError as error:
+        if runs or not _NO_KERNEL.search(str(error)):
+            raise
+        return {"ran_on_cpu": False, "cpu_says": first_line(error)}
     if answer.completion_tokens < 1:
         raise EdgetuneError("the artifact loads, but generates nothing", where=artifact.name)
+    return {"ran_on_cpu": not runs}

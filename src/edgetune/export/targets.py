@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from edgetune.errors import InputError
+from edgetune.files import read_json
+from edgetune.recipe import Limits
 from edgetune.recipe_file import shipped
 from edgetune.recipe_section import Section
+
+Provider = Literal["cpu", "cuda", "dml", "webgpu", "tensorrt-rtx", "openvino", "qnn", "vitisai"]
+
+
+class GraphRules(Section):
+    """What the graph must not contain. It is checked after every export."""
+
+    opset: int = Field(22, ge=7, description="Newest opset of the standard operators.")
+    domains: list[str] = Field(
+        default_factory=lambda: ["ai.onnx", "com.microsoft"],
+        description="Operator domains that the provider knows; `ai.onnx` are the standard operators.",
+    )
+    forbidden_ops: list[str] = Field(default_factory=list, description="Operator types that it does not run.")
+    forbidden_types: list[str] = Field(
+        default_factory=list, description="Types of tensors that it does not know, in ONNX's words: bfloat16, double."
+    )
+    head_size_multiple: int = Field(1, ge=1, description="What divides the size of the model's attention heads.")
+
+
+class StaticShapes(Section):
+    """Graphs of fixed shapes for NPUs and FPGAs: one that reads the prompt, one that reads a token."""
+
+    prefill: int = Field(64, ge=2, description="Tokens of a prompt that are read at once.")
+    activation_bits: Literal[8, 16] = Field(
+        8, description="Bits of the activations, calibrated on the training rows; weights have 8."
+    )
 
 
 class Target(Section):
@@ -19,11 +47,38 @@ class Target(Section):
 
     description: str = Field(description="What it is for.")
     needs: str = Field(description="What it needs on the device.")
-    provider: Literal["cpu"] = Field(description="ONNX Runtime execution provider.")
-    precision: Literal["fp32", "int8", "int4"] = Field(description="Precision of the weights.")
+    provider: Provider = Field(description="ONNX Runtime execution provider.")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = Field(description="Precision of the weights.")
     options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Further options of the ONNX Runtime GenAI model builder."
     )
+    graph: GraphRules = Field(default_factory=GraphRules, description="What the graph must not contain.")
+    static: StaticShapes | None = Field(None, description="Fixed shapes and 8-bit QDQ; dynamic shapes when not given.")
+    kv_cache: Literal["float", "int8"] = Field(
+        "float", description="int8 takes a quarter of float32's memory in long contexts; scales are calibrated."
+    )
+    limits: Limits = Field(default_factory=Limits, description="The gate's limits where the recipe gives none.")
+
+    @model_validator(mode="after")
+    def _static_needs_int8(self) -> Target:
+        if self.static and self.precision != "int8":
+            raise ValueError("`static` quantizes weights to 8 bits: set precision: int8")
+        return self
+
+    @model_validator(mode="after")
+    def _int8_cache_where_attention_has_it(self) -> Target:
+        if self.kv_cache == "int8" and (self.static or self.provider not in ("cpu", "cuda")):
+            raise ValueError("`kv_cache: int8` goes with the providers cpu and cuda, and not with `static`")
+        return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether training rows are needed."""
+        return self.static is not None or self.kv_cache == "int8"
+
+    def options_of_work(self) -> dict[str, Any]:
+        """What decides the artifact, for its manifest; what only people read is left out."""
+        return self.model_dump(exclude={"description", "needs"})
 
 
 def names() -> list[str]:
@@ -53,3 +108,31 @@ def load_target(name: str) -> Target:
     except ValidationError as error:
         problems = "; ".join(f"`{'.'.join(map(str, p['loc']))}`: {p['msg'].lower()}" for p in error.errors())
         raise InputError(problems, where=path, fix=f"compare it with {shipped('export') / 'cpu-int8.yaml'}") from error
+
+
+def require_fit(target: Target, merged: Path) -> None:
+    """Raise InputError where the target's provider cannot run the model's attention."""
+    found = read_json(merged / "config.json")
+    found = found.get("text_config") or found
+    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
+    size = found.get("head_dim") or (hidden // heads if heads and hidden else None)
+    multiple = target.graph.head_size_multiple
+    if size and size % multiple:
+        raise InputError(
+            f"its attention heads have {size} numbers; {target.provider} needs a multiple of {multiple}",
+            where=merged,
+            fix="choose a target for the CPU, such as cpu-int8",
+        )
+
+
+def with_limits(target: Target, own: Limits) -> Limits:
+    """The gate's limits: the target's, replaced by those that the recipe names."""
+    return target.limits.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+
+def limits_of(artifact: Path) -> Limits:
+    """The limits of the target that an artifact was exported for; the defaults where its manifest has none."""
+    try:
+        return Limits.model_validate(read_json(artifact / "manifest.json")["options"]["target"]["limits"])
+    except (InputError, KeyError, TypeError, ValidationError):
+        return Limits()

@@ -1,0 +1,161 @@
+"""Checks of a graph: each can fail, with one sentence. The graphs are made here, without the builder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgetune.errors import EdgetuneError
+from edgetune.export.graph_check import check_graph
+from edgetune.export.targets import Target, load_target
+from edgetune.export.weight_check import compare_weights, read_weights
+
+
+def graph(
+    folder: Path, *, op: str = "Relu", kind: int = TensorProto.FLOAT, rows: Any = "rows", opset: int = 21
+) -> Path:
+    """x · w, then `op`, with the weight in model.onnx.data."""
+    folder.mkdir(exist_ok=True)
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    weight = numpy_helper.from_array(np.arange(8).reshape(4, 2).astype(dtype), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "first"), helper.make_node(op, ["y"], ["z"], "second")]
+    inputs = [helper.make_tensor_value_info("x", kind, [rows, 4])]
+    outputs = [helper.make_tensor_value_info("z", kind, [rows, 2])]
+    made = helper.make_graph(nodes, "g", inputs, outputs, [weight])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    file = folder / "model.onnx"
+    onnx.save(model, file, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    return file
+
+
+def target(**changes: Any) -> Target:
+    return load_target("cpu-fp32").model_copy(update=changes)
+
+
+def rules(**changes: Any) -> Target:
+    return target(graph=load_target("cpu-fp32").graph.model_copy(update=changes))
+
+
+def test_a_good_graph_is_described(tmp_path: Path) -> None:
+    found = check_graph(graph(tmp_path), target())
+    assert found == {
+        "opset": 21, "operators": {"MatMul": 1, "Relu": 1}, "types": ["float"], "weights_file": "model.onnx.data",
+        "static": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "said"),
+    [
+        ({}, {"forbidden_ops": ["Relu"]}, "has 1 Relu, which the target forbids"),
+        ({"kind": TensorProto.DOUBLE}, {"forbidden_types": ["double"]}, "tensors of the type double"),
+        ({"opset": 23}, {"opset": 22}, "opset is 23, newer than 22"),
+        ({}, {"domains": ["com.microsoft"]}, "operators of the domain"),
+        ({"op": "Nonsense"}, {}, "ONNX checker says: No Op registered for Nonsense"),
+    ],
+)
+def test_what_a_target_forbids(tmp_path: Path, made: dict[str, Any], wanted: dict[str, Any], said: str) -> None:
+    with pytest.raises(EdgetuneError, match=said):
+        check_graph(graph(tmp_path, **made), rules(**wanted))
+
+
+def test_operators_inside_branches_count(tmp_path: Path) -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["b"])], "b", [], [helper.make_tensor_value_info("b", 1, [1])]
+    )
+    nodes = [helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)]
+    inputs = [helper.make_tensor_value_info("c", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])]
+    made = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("z", 1, [1])])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    with pytest.raises(EdgetuneError, match="has 2 Relu"):
+        check_graph(tmp_path / "m.onnx", rules(forbidden_ops=["Relu"]))
+
+
+def test_shapes_must_be_fixed_where_the_target_says_so(tmp_path: Path) -> None:
+    npu = load_target("qnn-npu")
+    with pytest.raises(EdgetuneError, match="the input x has no fixed shape"):
+        check_graph(graph(tmp_path / "dynamic"), npu)
+    assert check_graph(graph(tmp_path / "fixed", rows=3), npu)["static"]
+
+
+def test_weights_lie_in_one_file_beside_the_graph(tmp_path: Path) -> None:
+    file = graph(tmp_path)
+    (tmp_path / "model.onnx.data").rename(tmp_path / "elsewhere")
+    with pytest.raises(EdgetuneError, match=r"model.onnx.data is missing"):
+        check_graph(file, target())
+
+
+def test_no_place_of_this_machine_stands_in_it(tmp_path: Path) -> None:
+    file = graph(tmp_path)
+    model = onnx.load(file, load_external_data=False)
+    model.doc_string = "made from /home/someone/models/mine"
+    onnx.save(model, file)
+    with pytest.raises(EdgetuneError, match="/home/someone/models/mine"):
+        check_graph(file, target())
+
+
+def test_what_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x00not a graph")
+    with pytest.raises(EdgetuneError, match="ONNX"):
+        check_graph(tmp_path / "model.onnx", target())
+
+
+def merged(folder: Path, matrix: np.ndarray) -> Path:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {"model.layers.0.mlp.up_proj.weight": np.ascontiguousarray(matrix, np.float32)}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def one_matrix(file: Path, node: onnx.NodeProto, tensors: dict[str, np.ndarray]) -> Path:
+    weights = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    made = helper.make_graph([node], "g", [], [], weights)
+    onnx.save(helper.make_model(made), file)
+    return file
+
+
+def test_four_bit_weights_are_read_as_the_operator_reads_them(tmp_path: Path) -> None:
+    """Against ONNX Runtime: the identity through MatMulNBits gives the weight."""
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (3, 2, 16), dtype=np.uint8)
+    scales = rng.uniform(0.1, 1, (3 * 2,)).astype(np.float32)
+    points = rng.integers(0, 256, (3 * 1,), dtype=np.uint8)
+    name = "/model/layers.0/mlp/up_proj/MatMul_Q4"
+    given: dict[str, Any] = {"bits": 4, "block_size": 32, "N": 3, "K": 64}
+    node = helper.make_node("MatMulNBits", ["x", "q", "s", "z"], ["y"], name, domain="com.microsoft", **given)
+    tensors = {"q": codes, "s": scales, "z": points}
+    made = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", 1, [64, 64])],
+        [helper.make_tensor_value_info("y", 1, [64, 3])],
+        [numpy_helper.from_array(value, key) for key, value in tensors.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    theirs = session.run(None, {"x": np.eye(64, dtype=np.float32)})[0].T
+    ((found, ours),) = read_weights(tmp_path / "m.onnx")
+    assert found == name
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    report = compare_weights(merged(tmp_path / "merged", theirs), tmp_path / "m.onnx", "int4")
+    assert report["matrices"] == 1 and report["worst"]["relative_error"] < 1e-4
+
+
+def test_a_weight_that_is_another_is_named(tmp_path: Path) -> None:
+    right = np.arange(12, dtype=np.float32).reshape(4, 3)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "/model/layers.0/mlp/up_proj/MatMul")
+    file = one_matrix(tmp_path / "m.onnx", node, {"w": right})
+    assert compare_weights(merged(tmp_path / "same", right.T), file, "fp32")["worst"]["relative_error"] == 0
+    with pytest.raises(EdgetuneError, match=r"up_proj/MatMul differ .* by 50.0%"):
+        compare_weights(merged(tmp_path / "other", 2 * right.T), file, "int8")
+    with pytest.raises(EdgetuneError, match=r"is \(3, 4\), the merged model's is \(4, 3\)"):
+        compare_weights(merged(tmp_path / "shape", right), file, "fp32")
