@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.errors import InputError, require_extra
-from edgetune.files import digest, staged_folder, write_json
+from edgetune.files import digest, read_json, staged_folder, write_json
 from edgetune.leases import lease
 from edgetune.progress import say
 from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
-from edgetune.run import FOLDERS, NOT_CONTENT, Work, read_manifest, seal
+from edgetune.run import FOLDERS, MANIFEST, NOT_CONTENT, Work, read_manifest, seal
 
 if TYPE_CHECKING:
-    from edgetune.data.render import Encoded
+    from edgetune.data.render import Encoded, Renderer, TrainOn
     from edgetune.models import Base
 
 
@@ -165,54 +166,116 @@ def verify_artifact(
     rows: int | None,
     limits: dict[str, float],
     out: Path | None,
+    *,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Compare an artifact with the model that it was made from.
+    """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
 
     Args:
-        artifact: artifact or run folder.
-        merged: transformers folder; `merged` beside the artifact when not given.
+        artifact: artifact or run folder; a folder of another tool's with genai_config.json; a transformers folder, a GGUF
+            file, or `package:NAME`.
+        merged: any of these; `merged` beside the artifact when not given.
         data: examples in any form; `data/validation.jsonl` beside the artifact when not given.
         rows: how many; the run's own recipe decides when not given.
         limits: limits that replace the run's or the default ones.
         out: folder that gets report.json, or None; what else lies in it stays.
+        step: tokens of a row that are fed to the artifact at once; the run's own recipe decides when not given.
 
     Returns:
-        The report of `edgetune.export.verify.verify`, with `path`.
+        The report of `edgetune.export.verify.verify`, with `path` and `against`.
     """
-    from edgetune.data.examine import encode_any
     from edgetune.data.render import Renderer
+    from edgetune.export.readers import ends, longest
     from edgetune.export.verify import verify
-    from edgetune.models import load_tokenizer, stop_ids
-    from edgetune.runtime.artifact import open_artifact
+    from edgetune.models import load_tokenizer
 
     require_extra("export")
-    opened = open_artifact(artifact)
-    run = opened.path.parent
-    against, held_out = merged or run / "merged", data or run / "data" / "validation.jsonl"
-    if merged is None and not against.is_dir():
-        raise InputError("no merged model lies beside the artifact", where=opened.path, fix="name it: --against FOLDER")
+    found = model_at(artifact, "artifact")
+    run = found.parent
+    if merged is None and not (run / "merged").is_dir():
+        raise InputError("no merged model lies beside the artifact", where=found, fix="name it: --against FOLDER")
+    held_out = data or run / "data" / "validation.jsonl"
     if data is None and not held_out.is_file():
         raise InputError(
             "no held-out rows lie beside the artifact",
-            where=opened.path,
+            where=found,
             fix="name a file of examples: --data FILE",
         )
-    if opened.manifest.get("inputs", {}).get("merged") not in _digests(against):
-        say(f"note: {opened.name} was not made from {against}, says its manifest; comparing them all the same")
+    against = model_at(merged or run / "merged", "merged")
+    _tell_of_another_origin(found, against)
     section, train_on = _settings(run)
-    limited = section.limits.model_copy(update=limits)
-    section = section.model_copy(update={"rows": rows or section.rows, "limits": limited})
-    renderer = Renderer(load_tokenizer(against), set(stop_ids(against)))
-    encoded = encode_any(held_out, renderer, train_on, opened.max_length, section.rows)
+    changes = {"rows": rows, "step": step, "limits": section.limits.model_copy(update=limits)}
+    section = section.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    renderer = Renderer(load_tokenizer(against), set(ends(against)))
+    limit = min(longest(found), longest(against))
+    encoded, places = _rows_of(held_out, renderer, train_on, limit, section.rows)
     with (
-        lease(opened.path, "edgetune verify"),
+        lease(found, "edgetune verify"),
         lease(against, "edgetune verify"),
         tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
     ):
-        found = verify(opened.path, against, encoded, section, Path(folder))
+        report = verify(found, against, encoded, section, Path(folder), places=places)
     if out is not None:
-        write_json(out / "report.json", found)
-    return {"path": str(opened.path), **found}
+        write_json(out / "report.json", report)
+    return {"path": str(found), "against": str(against), **report}
+
+
+def model_at(path: Path, output: Literal["artifact", "merged"]) -> Path:
+    """The folder of a model that is to be compared, checked as far as its files can be.
+
+    Args:
+        path: a folder with genai_config.json, whose hashes are verified where it has edgetune's manifest; a transformers
+            folder; a GGUF file; `package:NAME`; a run.
+        output: which of a run's folders is meant.
+
+    Raises:
+        InputError: it is none of these, or broken.
+    """
+    from edgetune.export.readers import is_graph
+    from edgetune.models import resolve
+    from edgetune.models.packaged import PREFIX
+    from edgetune.runtime.artifact import open_artifact
+
+    if (path / "recipe.json").is_file() and (path / output).is_dir():
+        path = path / output
+    if is_graph(path):
+        made_here = (path / MANIFEST).is_file() and str(_format(path)).startswith("edgetune/")
+        return open_artifact(path).path if made_here else path.resolve()
+    if path.is_file() or (path / "config.json").is_file() or str(path).startswith(PREFIX):
+        return resolve(ModelSection(id=str(path))).path
+    if output == "artifact":
+        return open_artifact(path).path  # says what it is instead
+    return resolve(ModelSection(id=str(path.absolute()))).path  # likewise
+
+
+def _format(folder: Path) -> Any:
+    found = read_json(folder / MANIFEST)
+    return found.get("format") if isinstance(found, dict) else None
+
+
+def _tell_of_another_origin(artifact: Path, merged: Path) -> None:
+    """Say so where the artifact's own manifest names another model."""
+    from edgetune.export.readers import is_graph
+
+    manifest = read_manifest(artifact)
+    made_from = manifest.get("inputs", {}).get("merged")
+    if made_from and not is_graph(merged) and made_from not in _digests(merged):
+        name = manifest.get("name") or artifact.name
+        say(f"note: {name} was not made from {merged}, says its manifest; comparing them all the same")
+
+
+def _rows_of(
+    file: Path, renderer: Renderer, train_on: TrainOn, limit: int, rows: int
+) -> tuple[list[Encoded], list[str]]:
+    """The first rows of a file of examples, encoded, and where each stands, as file:line."""
+    from edgetune.data.examine import encode_any
+    from edgetune.data.problems import Problems
+    from edgetune.data.source import Source
+
+    encoded = encode_any(file, renderer, train_on, limit, rows)
+    source = Source([(file, file.name)])
+    source.survey("held-out", "auto", Problems())
+    return encoded, [row.where for row in itertools.islice(source.normalized(), rows)]
 
 
 def _digests(merged: Path) -> set[str]:

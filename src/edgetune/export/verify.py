@@ -1,35 +1,33 @@
 """The gate: the artifact against the merged model, on held-out rows of the user's own data.
 
 Both models read the same rows; wherever loss falls, their next-token distributions are compared in float32. Logits
-are used row by row and thrown away, so that no file of them ever exists.
+are used row by row and thrown away, so that no file of them ever exists. Either side may be what another tool made.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded, cut
-from edgetune.errors import EdgetuneError, GateError, InputError
-from edgetune.files import write_json
-from edgetune.models import load_model, load_tokenizer, stop_ids
+from edgetune.errors import GateError, InputError
+from edgetune.export.readers import Graph, Reader, ends, greedy, is_graph, longest, open_reader, pieces
+from edgetune.export.scores import Place, Scores
+from edgetune.export.tokens import CLASSES, Tokens
+from edgetune.files import read_json, write_json
+from edgetune.models import load_tokenizer
 from edgetune.models.quiet import quiet
 from edgetune.recipe import Limits, VerifySection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    Logits = Callable[[Sequence[int]], torch.Tensor]
+__all__ = ["Graph", "failures", "gate_error", "verify"]
 
 _ENOUGH = 200  # tokens under which one or two disagreements decide the gate
-_CHUNK = 256  # positions whose distributions are in memory at once, float32
+_SAME_TOKENS = 0.99  # share of the vocabulary under which it is another one
+_CONTEXT = 24  # tokens before a worst place that are shown
 
 
 def verify(
@@ -40,91 +38,179 @@ def verify(
     out: Path,
     *,
     trust_remote_code: bool = False,
+    places: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Compare an artifact with the model that it was made from.
+    """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
 
     Args:
-        artifact: artifact folder, hashes already verified.
-        merged: transformers folder.
+        artifact: folder with genai_config.json, or a transformers folder. Hashes, where there are any, are verified.
+        merged: the model that it is compared with, of either kind.
         rows: encoded held-out rows.
         section: the recipe's `verify`.
         out: existing folder for report.json.
         trust_remote_code: run code that the merged model's folder brings.
+        places: where each row stands, as file:line; its number when None.
 
     Returns:
-        The report: `kld_mean`, `kld_p99`, `kld_max` (nats), `top1_agreement`, `perplexity.{merged,artifact,ratio}`, `tokens`,
-        `golden` (first divergent token of greedy generation), `limits`, `failures` and `passed`.
+        The report: `kld_mean`, `kld_median`, `kld_p90` … `kld_max` (nats), `delta_p_rms`, `top1_agreement`,
+        `perplexity.{merged,artifact,ratio,ratio_se}`, `tokens`, `by_position`, `by_token_class`, `worst`, `golden`
+        (first divergent token of greedy generation), `limits`, `failures` and `passed`.
 
     Raises:
-        InputError: the two do not have the same vocabulary, or no row has a token that carries loss.
+        InputError: the two do not have the same vocabulary, one cannot be loaded, or no row has a token that carries loss.
         GateError: the artifact's logits are not finite numbers.
         EdgetuneError: the merged model's are not.
     """
-    import torch
-
     reset_peak()
     started = time.monotonic()
-    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
-    golden = json.loads((artifact / "golden.json").read_text(encoding="utf-8"))["prompts"]
-    limit = config["search"]["max_length"]
-    used = [row for row in (cut(row, limit) for row in rows[: section.rows]) if any(row.learned[1:])]
+    limit = min(longest(artifact), longest(merged))
+    short = [(number, cut(row, limit)) for number, row in enumerate(rows[: section.rows])]
+    used = [(number, row) for number, row in short if any(row.learned[1:])]
     if not used:
         raise InputError(
             "no held-out row has a token that carries loss",
             fix="give other rows (`--data`), or raise export.max_length",
         )
+    golden = _golden(artifact)
+    tokenizer = load_tokenizer(merged, trust_remote_code=trust_remote_code)
+    warnings = _check_tokens(artifact, merged, tokenizer)
+    scores, answers = Scores(), list[dict[str, Any]]()
     with progress.task("verify", len(used) + len(golden)) as bar, quiet():
-        model = load_model(merged, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        model.eval()
-        graph = Graph(artifact, config)
-        if model.config.get_text_config().vocab_size != graph.vocabulary:
-            raise InputError(
-                f"the artifact has {graph.vocabulary} tokens, the model {model.config.get_text_config().vocab_size}",
-                where=artifact,
-                fix="compare an artifact with the model that it was exported from (`--against`)",
-            )
-        scores = _Scores()
-        for row in used:
-            scores.add(_merged_logits(model, row.ids), graph.logits(row.ids), row)
+        found = open_reader(artifact)
+        step = _step(found, section.step, artifact)
+        wanted = open_reader(merged, trust_remote_code=trust_remote_code)
+        _check_width(found, wanted, artifact)
+        for number, row in used:
+            _add(scores, wanted, found, step, number, row)
             bar.advance(1, f"KL {scores.mean():.4f}")
-        tokenizer, stops, texts = load_tokenizer(merged, trust_remote_code=trust_remote_code), set(stop_ids(merged)), []
         for prompt in golden:
-            texts.append(_greedy(model, graph, prompt, section.golden_tokens, tokenizer, stops))
+            answers.append(_greedy(wanted, found, prompt, section.golden_tokens, tokenizer, set(ends(merged))))
             bar.advance(1)
-    result = {
-        **scores.summary(),
+    result = scores.summary()
+    texts = Tokens(tokenizer, ends(merged))
+    if result["tokens"] < _ENOUGH:
+        few = f"only {result['tokens']} tokens were compared, too few to judge by"
+        warnings.insert(0, f"{few}: hold out more rows (data.validation)")
+    result |= {
+        "by_position": scores.by_position(),
+        "by_token_class": scores.by_class(texts.kind, CLASSES),
+        "worst": [_told(place, texts, rows[place.row], places) for place in scores.worst()],
         "rows": len(used),
+        "step": step,
+        "kinds": {
+            name: "onnx" if is_graph(p) else "weights" for name, p in (("merged", merged), ("artifact", artifact))
+        },
         "precision": _precision(artifact),
-        "golden": texts,
+        "golden": answers,
         "limits": section.limits.model_dump(),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mb": round(peak_rss_mb(), 1),
+        "warnings": warnings,
     }
-    few = f"only {result['tokens']} tokens were compared, too few to judge by: hold out more rows (data.validation)"
-    result["warnings"] = [few] if result["tokens"] < _ENOUGH else []
     result["failures"] = failures(result, section.limits)
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
     return result
 
 
+def _add(scores: Scores, wanted: Reader, found: Reader, step: int | None, number: int, row: Encoded) -> None:
+    """Compare a row, a piece at a time."""
+    start = 0
+    for p, q in zip(pieces(wanted, row.ids), pieces(found, row.ids, step), strict=True):
+        scores.add(p, q, number, start, row.ids, row.learned)
+        start += len(p)
+
+
+def _step(reader: Reader, wanted: int | None, folder: Path) -> int | None:
+    """Tokens that are fed to the artifact at once: as asked for, or one where its graph gives only the last logits."""
+    if not isinstance(reader, Graph) or reader.most is None:
+        return wanted
+    if wanted not in (None, 1):
+        raise InputError(
+            f"its graph gives the logits of the last position only, so that {wanted} tokens at once cannot be compared",
+            where=folder,
+            fix="compare it token by token (--step 1), or make it without `prune_lm_head`",
+        )
+    if wanted is None:
+        progress.say("note: the graph gives the logits of the last position only: it is fed token by token")
+    return 1
+
+
+def _check_width(found: Reader, wanted: Reader, artifact: Path) -> None:
+    if wanted.vocabulary != found.vocabulary:
+        raise InputError(
+            f"the artifact has {found.vocabulary} tokens, the model {wanted.vocabulary}",
+            where=artifact,
+            fix="compare an artifact with the model that it was exported from (`--against`)",
+        )
+
+
+def _check_tokens(artifact: Path, merged: Path, tokenizer: Any) -> list[str]:
+    """Refuse another vocabulary; returns what is to be said of small differences."""
+    if not (artifact / "tokenizer.json").is_file():
+        return []
+    own = {number: text for text, number in load_tokenizer(artifact).get_vocab().items()}
+    other = {number: text for text, number in tokenizer.get_vocab().items()}
+    both = sorted(own.keys() & other.keys())
+    differ = [number for number in both if own[number] != other[number]]
+    if not both or len(differ) > (1 - _SAME_TOKENS) * len(both):
+        first = f", first {differ[0]}: {own[differ[0]]!r} and {other[differ[0]]!r}" if differ else ""
+        raise InputError(
+            f"has another vocabulary than {merged.name}: {len(differ):,} of {len(both):,} tokens are different ones{first}",
+            where=artifact,
+            fix="compare it with the model that it was made from (`--against`)",
+        )
+    if differ:
+        first = f"{differ[0]} is {own[differ[0]]!r} and {other[differ[0]]!r}"
+        return [f"{len(differ)} tokens of the two vocabularies are different ones: {first}"]
+    return []
+
+
+def _told(place: Place, texts: Tokens, row: Encoded, places: Sequence[str] | None) -> dict[str, Any]:
+    """A worst place as the report has it, with texts for token ids."""
+    token = row.ids[place.position]
+    return {
+        "kld": place.kld,
+        "where": places[place.row] if places else f"row {place.row + 1}",
+        "position": place.position,
+        "context": texts.join(row.ids[max(0, place.position - _CONTEXT) : place.position]),
+        "next": {
+            "id": token,
+            "text": texts.text(token),
+            "merged": place.next[0],
+            "artifact": place.next[1],
+        },
+        **{
+            name: [{"id": i, "text": texts.text(i), "probability": share} for i, share in likeliest]
+            for name, likeliest in (("merged", place.wanted), ("artifact", place.found))
+        },
+    }
+
+
 def gate_error(report: dict[str, Any], artifact: Path) -> GateError:
     """What is said, and what to try, when the gate is not passed."""
     ruined = report["kld_mean"] > 0.2 or report["top1_agreement"] < 0.8
     says = "at this precision it is another model than the one that was trained; " if ruined else ""
-    if report["precision"] == "fp32":
+    if report["precision"] == "unknown":  # another tool made it
+        says = "it is another model than the one that it is compared with; " if ruined else ""
+        fix = f"{says}make it with more bits, or give limits (--limit NAME=VALUE) if this loss is acceptable to you"
+    elif report["precision"] == "fp32":
         fix = f"{says}an export without rounding should pass: please report this model"
     else:
         more = "export.target=cpu-int8" if report["precision"] == "int4" else "export.target=cpu-fp32"
         fix = f"{says}choose more bits ({more}), or set verify.limits if this loss is acceptable to you"
-    if report["warnings"]:
+    if report["tokens"] < _ENOUGH:
         fix = f"{report['warnings'][0]}; else {fix}"
     return GateError(f"the gate is not passed: {'; '.join(report['failures'])}", where=artifact, fix=fix)
 
 
 def _precision(artifact: Path) -> str:
-    manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
-    return str(manifest.get("options", {}).get("target", {}).get("precision", "unknown"))
+    """As edgetune's own manifest has it, else unknown."""
+    try:
+        options = read_json(artifact / "manifest.json").get("options", {})
+        return str(options.get("target", {}).get("precision", "unknown"))
+    except (InputError, AttributeError):
+        return "unknown"
 
 
 def failures(report: dict[str, Any], limits: Limits) -> list[str]:
@@ -142,137 +228,23 @@ def failures(report: dict[str, Any], limits: Limits) -> list[str]:
     return found
 
 
-class Graph:
-    """The artifact's graph on plain ONNX Runtime, which gives the logits of every position."""
-
-    def __init__(self, artifact: Path, config: dict[str, Any]) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(artifact / config["model"]["decoder"]["filename"]),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-        self._heads, self._head_size = (
-            config["model"]["decoder"]["num_key_value_heads"],
-            config["model"]["decoder"]["head_size"],
-        )
-        self._inputs = {found.name for found in self._session.get_inputs()}
-        self._past = sorted(name for name in self._inputs if name.startswith("past_key_values."))
-        self.vocabulary = int(config["model"]["vocab_size"])
-
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits (S, V), float32, of one row of S tokens."""
-        import torch
-
-        return torch.from_numpy(self.run(ids, None)[0][0])
-
-    def run(self, ids: Sequence[int], past: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """One step: logits (1, S, V) and the new KV cache, each (1, heads, length, head size), in the order of the inputs."""
-        import numpy as np
-
-        empty = np.zeros((1, self._heads, 0, self._head_size), np.float32)
-        cache = dict(zip(self._past, past or [empty] * len(self._past), strict=True))
-        before = next(iter(cache.values())).shape[2]
-        feed: dict[str, Any] = {
-            "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, before + len(ids)), np.int64),
-            **cache,
-        }
-        if "position_ids" in self._inputs:
-            feed["position_ids"] = np.arange(before, before + len(ids), dtype=np.int64)[None]
-        logits, *present = self._session.run(
-            ["logits", *(name.replace("past_key_values", "present") for name in self._past)], feed
-        )
-        return logits, present
-
-
-def _merged_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    import torch
-
-    with torch.inference_mode():
-        return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
-
-
-class _Scores:
-    """Sums over positions; one number a position is kept, for the percentiles."""
-
-    def __init__(self) -> None:
-        self._kld: list[float] = []
-        self._agree = 0
-        self._loss = [0.0, 0.0]
-
-    def add(self, wanted: torch.Tensor, found: torch.Tensor, row: Encoded) -> None:
-        """Compare logits (S, V) of one row where its next token carries loss."""
-        import torch
-
-        at = torch.tensor([i - 1 for i in range(1, len(row.ids)) if row.learned[i]])
-        targets = torch.tensor([row.ids[i] for i in range(1, len(row.ids)) if row.learned[i]])
-        for part, target in zip(at.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            p, q = wanted[part].log_softmax(-1), found[part].log_softmax(-1)
-            self._kld += (p.exp() * (p - q)).sum(-1).clamp(min=0).tolist()
-            self._agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-            for which, scores in enumerate((p, q)):
-                self._loss[which] -= float(scores.gather(-1, target[:, None]).sum())
-
-    def mean(self) -> float:
-        """Mean KL divergence so far, in nats."""
-        return sum(self._kld) / len(self._kld)
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers of the report."""
-        import numpy as np
-
-        count = len(self._kld)
-        merged, artifact = (
-            math.exp(min(loss / count, 700.0)) if math.isfinite(loss) else math.inf for loss in self._loss
-        )
-        if not math.isfinite(merged):
-            raise EdgetuneError(
-                "the merged model's logits are not finite numbers", fix="train again with a lower train.learning_rate"
-            )
-        if not (math.isfinite(artifact) and all(map(math.isfinite, self._kld))):
-            raise GateError(
-                "the artifact's logits are not finite numbers", fix="choose another target, such as cpu-int8"
-            )
-        return {
-            "kld_mean": self.mean(),
-            "kld_median": float(np.median(self._kld)),
-            "kld_p99": float(np.percentile(self._kld, 99)),
-            "kld_max": max(self._kld),
-            "top1_agreement": self._agree / count,
-            "perplexity": {"merged": merged, "artifact": artifact, "ratio": artifact / merged},
-            "tokens": count,
-        }
+def _golden(artifact: Path) -> list[dict[str, Any]]:
+    """The golden prompts of an artifact of edgetune's; what others made has none."""
+    file = artifact / "golden.json"
+    return list(read_json(file)["prompts"]) if is_graph(artifact) and file.is_file() else []
 
 
 def _greedy(
-    model: Any, graph: Graph, prompt: dict[str, Any], tokens: int, tokenizer: Any, stops: set[int]
+    wanted: Reader, found: Reader, prompt: dict[str, Any], tokens: int, tokenizer: Any, stops: set[int]
 ) -> dict[str, Any]:
     """Greedy answers of both models to a golden prompt, and where they part."""
-    import torch
-
-    wanted: list[int] = []
-    found: list[int] = []
-    with torch.inference_mode():
-        ids, cache = torch.tensor([prompt["ids"]]), None
-        while len(wanted) < tokens and not (wanted and wanted[-1] in stops):
-            step = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            wanted.append(int(step.logits[0, -1].argmax()))
-            ids = torch.tensor([wanted[-1:]])
-    past, feed = None, list(prompt["ids"])
-    while len(found) < tokens and not (found and found[-1] in stops):
-        logits, past = graph.run(feed, past)
-        found.append(int(logits[0, -1].argmax()))
-        feed = found[-1:]
-    same = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
+    merged = greedy(wanted, prompt["ids"], tokens, stops)
+    artifact = greedy(found, prompt["ids"], tokens, stops)
+    same = next((i for i, (a, b) in enumerate(zip(merged, artifact, strict=False)) if a != b), None)
     return {
         "prompt": prompt["messages"][-1]["content"],
         "divergent_at": same,
-        "tokens": len(wanted),
-        "merged": tokenizer.decode(wanted, skip_special_tokens=True),
-        "artifact": tokenizer.decode(found, skip_special_tokens=True),
+        "tokens": len(merged),
+        "merged": tokenizer.decode(merged, skip_special_tokens=True),
+        "artifact": tokenizer.decode(artifact, skip_special_tokens=True),
     }
