@@ -80,7 +80,11 @@ def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         return [("verified on the device", f"yes; nodes by provider: {parts}")]
     if device["ran"]:
         return []
-    return [("on the device", "checked, not run on the device: run `edgetune verify` there")]
+    rows = [("on the device", "checked, not run on the device: run `edgetune verify` there")]
+    for file, shares in device.get("prepared", {}).items():
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        rows.append((f"compiled for the device, {file}", f"nodes by provider: {parts}"))
+    return rows
 
 
 def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:

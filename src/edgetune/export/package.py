@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from edgetune.errors import EdgetuneError, first_line
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
-from edgetune.export.graph_check import check_graph
+from edgetune.export.graph_check import check_graph, check_greedy
 from edgetune.export.targets import Target
 from edgetune.export.weight_check import compare_weights
 from edgetune.files import folder_size, write_json, write_text
 from edgetune.run import Work, seal
-from edgetune.runtime.providers import status
+from edgetune.runtime.providers import prepare, status
 
 if TYPE_CHECKING:
     from edgetune.data.batch import Encoded
@@ -72,14 +73,27 @@ def export(
     found["graphs"] = {file.name: check_graph(file, target) for file in graphs}
     here = status(target.provider)
     found["device"] = {"provider": target.provider, "ran": here.runs, "why_not": here.note}
+    if here.prepares:
+        found["device"].update(_prepare(graphs, target.provider))
     if not here.runs:
         found["weights"] = compare_weights(merged, graphs[0], target.precision)
     write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
     seal(artifact, work, name=name, task="text-generation", chain=chain)
     found["device"].update(_load(artifact, here.runs))
+    if target.precision == "fp32":
+        check_greedy(merged, artifact, trust_remote_code=trust_remote_code)
     found["size_mb"] = round(folder_size(artifact) / 1e6, 3)
     write_json(report / "report.json", found)
     return found
+
+
+def _prepare(graphs: list[Path], provider: str) -> dict[str, Any]:
+    """Compile for a device that is not here: `prepared`, the providers' shares by graph, or `prepare_failed`, why not."""
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
+        try:
+            return {"prepared": {file.name: prepare(file, provider, Path(folder) / file.name) for file in graphs}}
+        except EdgetuneError as error:
+            return {"prepare_failed": first_line(error)}
 
 
 def _load(artifact: Path, runs: bool) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from edgetune.errors import EdgetuneError, InputError, first_line
 
 CPU = "CPUExecutionProvider"
 _PROBE_S = 60
+# The device that QNN compiles for where none is there: Snapdragon X, whose NPU is of version 73.
+_PREPARED_FOR = {"soc_model": "60", "htp_arch": "73"}
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,40 @@ def open_session(file: Path, name: str = "cpu", threads: int | None = None) -> A
         options.add_provider_for_devices(devices[:1], provider.options or {})
         return onnxruntime.InferenceSession(str(file), options)
     return onnxruntime.InferenceSession(str(file), options, providers=[(provider.ep, provider.options or {}), CPU])
+
+
+def prepare(file: Path, name: str, out: Path) -> dict[str, float]:
+    """Compile a graph for a device that is not here, as far as the provider can do that.
+
+    Args:
+        file: the graph.
+        name: a provider whose status says `prepares`.
+        out: file for the compiled graph.
+
+    Returns:
+        See `shares`: what the provider would not take stays with the CPU.
+
+    Raises:
+        EdgetuneError: the provider cannot compile it.
+    """
+    import onnxruntime
+
+    provider = PROVIDERS[name]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in {"enable": "1", "file_path": str(out), "embed_mode": "1"}.items():
+        options.add_session_config_entry(f"ep.context_{key}", value)
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
+    try:
+        options.add_provider_for_devices(devices[:1], {**(provider.options or {}), **_PREPARED_FOR})
+        return shares(onnxruntime.InferenceSession(str(file), options))
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
+            raise EdgetuneError(
+                f"{provider.ep} cannot compile the graph: {first_line(error)}", where=file.name
+            ) from error
+        raise
 
 
 def shares(session: Any) -> dict[str, float]:
