@@ -18,12 +18,15 @@ from edgetune import progress
 from edgetune.data.examine import train_files, validation_files
 from edgetune.errors import InputError, require_extra
 from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
-from edgetune.recipe_file import LoadedRecipe
-from edgetune.run import STAGES, Result, RunFolder, Work, seal
+from edgetune.recipe_file import LoadedRecipe, load
+from edgetune.run import MANIFEST, STAGES, Result, RunFolder, Work, seal
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
+    from edgetune.export.quantized import Examples
+    from edgetune.export.targets import Target
     from edgetune.models import Base
+    from edgetune.recipe import Recipe
     from edgetune.train.crew import Crew
     from edgetune.train.trainer import Job
 
@@ -32,7 +35,7 @@ class Pipeline:
     """The stages of one recipe in one run folder."""
 
     def __init__(self, loaded: LoadedRecipe, base: Base | None = None, crew: Crew | None = None) -> None:
-        self.recipe = loaded.recipe
+        self.recipe = _with_target_limits(loaded.recipe)
         self._crew = crew  # the processes that train; this one alone when None
         self._path = loaded.path
         self.folder = RunFolder(loaded.run_dir)
@@ -82,6 +85,8 @@ class Pipeline:
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
             for stage in wanted:
+                if stage == "bench" and self._no_device(result):
+                    break
                 force = force or stage == first
                 self._one(stage, result, force)
                 if stage == "verify" and not result.reports[stage]["passed"]:
@@ -91,6 +96,42 @@ class Pipeline:
                     break
             self._card(result)
         return result
+
+    def again(self, *stages: str) -> Result:
+        """Do these stages, fresh or not, on what lies in the run; those before them are left as they are.
+
+        Returns:
+            As `run`.
+
+        Raises:
+            InputError: what they read is not there.
+        """
+        for stage in STAGES[: STAGES.index(stages[0])]:
+            if not (self.folder.output(stage) / MANIFEST).is_file():
+                raise InputError(
+                    f"the run lacks `{stage}`", where=self.folder.path, fix="finish it: edgetune run RECIPE"
+                )
+        result = Result(self.folder.path, self._named)
+        with self.folder.locked(), self._held(self.base()):
+            for stage in stages:
+                self._one(stage, result, forced=True)
+            if "verify" in stages and not result.reports["verify"]["passed"]:
+                from edgetune.export.verify import gate_error
+
+                result.missed = gate_error(result.reports["verify"], self.folder.output("export"))
+            self._card(result)
+        return result
+
+    def _no_device(self, result: Result) -> bool:
+        """Whether the artifact cannot be measured here, as its provider is not on this machine; says so."""
+        device = result.reports["export"].get("device", {})
+        if device.get("ran", True):
+            return False
+        progress.say(
+            f"bench: left out: the provider {device['provider']} {device['why_not']} here; the artifact was checked, "
+            f"not run on the device: there, `edgetune verify` and `edgetune bench` do both"
+        )
+        return True
 
     @contextlib.contextmanager
     def _no_empty_run(self) -> Iterator[None]:
@@ -170,8 +211,10 @@ class Pipeline:
         if stage == "export":
             from edgetune.export.targets import load_target
 
-            target = load_target(recipe.export.target).model_dump(exclude={"description", "needs"})
+            target = load_target(recipe.export.target).options_of_work()
             options = {"target": target, "max_length": recipe.export.max_length, "name": self.name}
+            if recipe.export.heal.steps:
+                options |= {"heal": recipe.export.heal.model_dump(), "seed": recipe.seed}
             return Work(stage, {"merged": content("merge")}, options)
         if stage == "verify":
             inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
@@ -325,6 +368,7 @@ class Pipeline:
         from edgetune.export.package import export
         from edgetune.export.targets import load_target
 
+        target = load_target(self.recipe.export.target)
         chain = {
             "base": describe(self.base()),
             "data": self.folder.content("data"),
@@ -336,7 +380,7 @@ class Pipeline:
         with staged_folder(report) as first, staged_folder(artifact) as second:
             export(
                 self.folder.output("merge"),
-                load_target(self.recipe.export.target),
+                target,
                 self.recipe.export.max_length,
                 name=self.name,
                 chain=chain,
@@ -344,8 +388,24 @@ class Pipeline:
                 trust_remote_code=self.recipe.model.trust_remote_code,
                 artifact=second,
                 report=first,
+                examples=self._examples(target, work),
             )
             seal(first, work)
+        shutil.rmtree(self._healing, ignore_errors=True)
+
+    @property
+    def _healing(self) -> Path:
+        return self.folder.path / ".healing"
+
+    def _examples(self, target: Target, work: Work) -> Examples:
+        """What the export learns from, and where its repair goes on after a crash."""
+        from edgetune.export.quantized import Examples
+
+        heal = self.recipe.export.heal
+        rows = Examples.wanted(target, heal)
+        kept = self._healing / work.key[:16]  # another recipe's checkpoints are not gone on from
+        kept.mkdir(parents=True, exist_ok=True)
+        return Examples(() if rows == 0 else self._encoded("train", rows), heal, self.recipe.seed, kept)
 
     def _verify(self, work: Work) -> None:
         from edgetune.export.verify import verify
@@ -387,6 +447,35 @@ class Pipeline:
                 known[stage] = self.folder.report(stage)
         text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), known)
         rewrite_card(self.folder.output("export"), text)
+
+
+def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
+    """Make a run's artifact again, its codes and scales repaired, and verify it.
+
+    Args:
+        run: the run folder, with its data and its merged model.
+        steps: of `export.heal`.
+        overrides: `key=value`, in place of what the run's recipe says.
+
+    Raises:
+        InputError: not a run, or one without a merged model; an override of nothing.
+    """
+    if not (run / "recipe.json").is_file():
+        raise InputError("is not a run", where=run, fix="name a run folder: `edgetune runs ls` lists them")
+    place = run if run.name else run.absolute()
+    where = [f"runs_dir={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
+    loaded = load(str(run / "recipe.json"), [f"export.heal.steps={steps}", *overrides, *where])
+    return Pipeline(loaded).again("export", "verify")
+
+
+def _with_target_limits(recipe: Recipe) -> Recipe:
+    """The recipe with the gate's limits in full: its own, the target's where it gives none."""
+    from edgetune.export.targets import load_target, with_limits
+
+    limits = with_limits(load_target(recipe.export.target), recipe.verify.limits)
+    if limits == recipe.verify.limits:
+        return recipe
+    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"limits": limits})})
 
 
 def _release_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,9 @@ from edgetune.run import FOLDERS, MANIFEST, NOT_CONTENT, Work, read_manifest, se
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded, Renderer, TrainOn
+    from edgetune.export.quantized import Examples
     from edgetune.models import Base
+    from edgetune.recipe import HealSection
 
 
 def merge_adapter(
@@ -115,7 +118,9 @@ def _validation(adapter: Path, base: Base, model: ModelSection, data: Path | Non
     return encode_any(file, renderer, train_on, context_length(base.path), LOSS_ROWS)
 
 
-def export_model(merged: Path, out: Path, section: ExportSection, name: str | None = None) -> dict[str, Any]:
+def export_model(
+    merged: Path, out: Path, section: ExportSection, name: str | None = None, data: Path | None = None
+) -> dict[str, Any]:
     """Make an artifact of a transformers folder.
 
     Args:
@@ -123,12 +128,15 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
         out: the artifact; replaced as a whole.
         section: target and context.
         name: the artifact's name; the name of `out`'s folder when not given.
+        data: examples in any form, for a target that calibrates; the training rows that lie beside the folder in its run
+            when not given.
 
     Returns:
         The report of `edgetune.export.package.export`, with `path`.
     """
     from edgetune.export.card import describe
     from edgetune.export.package import export
+    from edgetune.export.quantized import Examples
     from edgetune.export.targets import load_target
     from edgetune.models import resolve
 
@@ -138,7 +146,7 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
     base = resolve(ModelSection(id=str(merged.absolute())))
     named = name or (out.parent.name if out.name == "artifact" else out.name)
     options = {
-        "target": target.model_dump(exclude={"description", "needs"}),
+        "target": target.options_of_work(),
         "max_length": section.max_length,
         "name": named,
     }
@@ -155,8 +163,24 @@ def export_model(merged: Path, out: Path, section: ExportSection, name: str | No
             trust_remote_code=False,
             artifact=artifact,
             report=Path(report),
+            examples=_examples(merged, data, Examples.wanted(target, section.heal), section.heal),
         )
     return {"path": str(out), **found}
+
+
+def _examples(merged: Path, data: Path | None, rows: int | None, heal: HealSection) -> Examples:
+    """Rows of the file, or of the run that the model lies in; none where there is neither."""
+    from edgetune.data.examine import encode_any
+    from edgetune.data.render import Renderer
+    from edgetune.export.quantized import Examples
+    from edgetune.models import context_length, load_tokenizer, stop_ids
+
+    path = data or merged.parent / "data" / "train.jsonl"
+    if rows == 0 or (data is None and not path.is_file()):
+        return Examples()
+    renderer = Renderer(load_tokenizer(merged), set(stop_ids(merged)))
+    most = sys.maxsize if rows is None else rows
+    return Examples(encode_any(path, renderer, "assistant", context_length(merged), most), heal)
 
 
 def verify_artifact(
@@ -186,6 +210,7 @@ def verify_artifact(
     """
     from edgetune.data.render import Renderer
     from edgetune.export.readers import ends, longest
+    from edgetune.export.targets import limits_of
     from edgetune.export.verify import verify
     from edgetune.models import load_tokenizer
 
@@ -204,6 +229,8 @@ def verify_artifact(
     against = model_at(merged or run / "merged", "merged")
     _tell_of_another_origin(found, against)
     section, train_on = _settings(run)
+    if not (run / "recipe.json").is_file():
+        section = section.model_copy(update={"limits": limits_of(found)})
     changes = {"rows": rows, "step": step, "limits": section.limits.model_copy(update=limits)}
     section = section.model_copy(update={name: value for name, value in changes.items() if value is not None})
     renderer = Renderer(load_tokenizer(against), set(ends(against)))

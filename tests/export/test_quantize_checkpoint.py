@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from edgetune.errors import InputError
-from edgetune.export.quantize.calibrate import quantize_model
+from edgetune.export.quantize.calibrate import fitted, quantize_model
 from edgetune.export.quantize.checkpoint import Checkpoint
 from edgetune.export.quantize.graph import finish
 from edgetune.export.quantize.grid import Grid, Quantized
@@ -154,7 +154,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
     os.close(reading)
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    finish(artifact / "model.onnx", checkpoint, writer.int8)
+    finish(artifact / "model.onnx", checkpoint, writer.int8, 512)
     return artifact
 
 
@@ -228,10 +228,11 @@ def test_a_tied_embedding_is_on_disk_once(tiny_model: Path, tmp_path: Path) -> N
     assert stored < named - head.length  # where the matrix lay twice, so would its bytes
 
 
-def test_a_block_that_does_not_divide_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match="does not divide") as refused:
-        _quantized(tiny_model, Plan(Grid(4, 128), {}, "min_max"))
-    assert "block of 64" in str(refused.value.fix)
+def test_a_block_that_does_not_divide_gives_way_to_a_smaller_one(tiny_model: Path) -> None:
+    found = _quantized(tiny_model, Plan(Grid(4, 128), {}, "min_max"))
+    assert {one.grid.block_size for one in found.values()} == {64, 128}
+    with pytest.raises(InputError, match="no block size divides the 40 columns of x"):
+        fitted("x", Grid(4, 32), 40)
 
 
 def test_too_few_rows_are_refused_before_anything_is_read(tiny_model: Path) -> None:

@@ -20,6 +20,10 @@ def command(
         int | None,
         typer.Option(metavar="TOKENS", help="Context of the artifact, prompt and answer together."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Examples to calibrate on; the run's training rows when not given."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The artifact; ./artifact when not given."),
@@ -32,7 +36,7 @@ def command(
     \b
     Examples:
       edgetune export runs/quickstart/merged --target cpu-fp32 --out fp32
-      edgetune export ./my-model --target cpu-int8 --max-length 1024 --out ./artifact
+      edgetune export ./my-model --target cpu-int4 --data rows.jsonl --max-length 1024 --out ./artifact
     """
     from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
@@ -43,7 +47,7 @@ def command(
         section = ExportSection.model_validate(given)
     except ValueError as error:
         raise InputError("must be 16 tokens or more", where="--max-length") from error
-    found = export_model(model, out or Path("artifact"), section, name)
+    found = export_model(model, out or Path("artifact"), section, name, data)
     if json:
         print_json(found)
         return

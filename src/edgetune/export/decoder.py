@@ -9,22 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.contract import write_contract
 from edgetune.export.kv_cache import write_scales
 from edgetune.export.qdq import to_static
+from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
 from edgetune.export.targets import Target, require_fit
 from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
 from edgetune.models import context_length, stop_ids
 from edgetune.runtime.providers import PROVIDERS
-
-if TYPE_CHECKING:
-    from edgetune.data.batch import Encoded
 
 _BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
 
@@ -37,7 +34,7 @@ def export_decoder(
     artifact: Path,
     report: Path,
     name: str,
-    rows: Sequence[Encoded] = (),
+    examples: Examples = NO_EXAMPLES,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
@@ -49,7 +46,7 @@ def export_decoder(
         artifact: existing, empty folder; the model card and the manifest are added by the caller.
         report: existing folder for builder.log.
         name: the artifact's name, for catalogs.
-        rows: training rows, for a target that calibrates.
+        examples: training rows, for a target that calibrates.
         trust_remote_code: run code that the model's folder brings.
 
     Returns:
@@ -66,22 +63,29 @@ def export_decoder(
         artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export"
     )
     started = time.monotonic()
+    context = context_length(merged)
+    limit = min(max_length, context)
     more: dict[str, Any] = {}
     log = report / "builder.log"
     if target.kv_cache == "int8":
         scales = write_scales(
-            merged, [row.ids for row in rows], report / "kv_scales.json", trust_remote_code=trust_remote_code
+            merged, [row.ids for row in examples.rows], report / "kv_scales.json", trust_remote_code=trust_remote_code
         )
         target = target.model_copy(update={"options": {**target.options, **scales}})
-    peak = _build(merged, target, artifact, log, trust_remote_code)
-    context = context_length(merged)
-    limit = min(max_length, context)
+    if target.quantization:
+        peak, more["quantization"] = _quantize_and_build(
+            merged, target, artifact, log, examples, limit, trust_remote_code
+        )
+    else:
+        peak = _build(merged, target, artifact, log, trust_remote_code)
     if target.static:
-        more["static"] = to_static(artifact, target.static, limit, [row.ids for row in rows])
+        more["static"] = to_static(artifact, target.static, limit, [row.ids for row in examples.rows])
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     ids = stop_ids(merged)
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     _name_provider(config, target)
+    if target.quantization:
+        config["model"]["context_length"] = limit  # the graph has no angles for positions beyond
     config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
     write_json(artifact / "genai_config.json", config)
     tokenizer = json.loads((artifact / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -103,6 +107,29 @@ def export_decoder(
         "builder_peak_rss_mb": peak,
         **more,
     }
+
+
+def _quantize_and_build(
+    merged: Path,
+    target: Target,
+    artifact: Path,
+    log: Path,
+    examples: Examples,
+    context: int,
+    trust_remote_code: bool,
+) -> tuple[float, dict[str, Any]]:
+    """Quantize the weights ourselves, and have the builder make the graph of them."""
+    from edgetune.export.quantize.graph import finish
+
+    section = target.quantization
+    assert section is not None
+    target = target.model_copy(update={"options": {**BUILDER_OPTIONS, **target.options}})
+    with tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}quantized-", dir=artifact.parent) as folder:
+        checkpoint = Path(folder)
+        int8, found = write_checkpoint(checkpoint, merged, section, examples, trust_remote_code=trust_remote_code)
+        peak = _build(checkpoint, target, artifact, log, trust_remote_code)
+        finish(artifact / "model.onnx", checkpoint, int8, context)
+    return peak, found
 
 
 def _name_provider(config: dict[str, Any], target: Target) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune.errors import EdgetuneError, first_line
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
 from edgetune.export.graph_check import check_graph, check_greedy
+from edgetune.export.quantized import NO_EXAMPLES, Examples
 from edgetune.export.targets import Target
 from edgetune.export.weight_check import compare_weights
 from edgetune.files import folder_size, write_json, write_text
 from edgetune.run import Work, seal
 from edgetune.runtime.providers import prepare, status
-
-if TYPE_CHECKING:
-    from edgetune.data.batch import Encoded
 
 # How ONNX Runtime words that the CPU does not have an operator, or not for these types.
 _NO_KERNEL = re.compile(r"NOT_IMPLEMENTED|Could not find an implementation")
@@ -36,7 +33,7 @@ def export(
     trust_remote_code: bool,
     artifact: Path,
     report: Path,
-    rows: Sequence[Encoded] = (),
+    examples: Examples = NO_EXAMPLES,
 ) -> dict[str, Any]:
     """Write a whole artifact and load it once.
 
@@ -50,7 +47,7 @@ def export(
         trust_remote_code: run code that the model's folder brings.
         artifact: existing, empty folder.
         report: existing folder for report.json and builder.log.
-        rows: training rows, for a target that calibrates.
+        examples: training rows, for a target that calibrates.
 
     Returns:
         The report.
@@ -66,7 +63,7 @@ def export(
         artifact=artifact,
         report=report,
         name=name,
-        rows=rows,
+        examples=examples,
         trust_remote_code=trust_remote_code,
     )
     graphs = sorted(artifact.glob("*.onnx"))

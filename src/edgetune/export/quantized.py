@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,45 @@ from edgetune.export.quantize.checkpoint import Checkpoint
 from edgetune.export.quantize.section import QuantizationSection
 
 if TYPE_CHECKING:
+    import torch
+
+    from edgetune.export.quantize.grid import Quantized
     from edgetune.export.quantize.plan import Plan
+    from edgetune.export.targets import Target
+    from edgetune.recipe import HealSection
 
 # How the builder reads such a checkpoint: fused matrices would need one grid for their parts, and its own way to share
 # a tied embedding writes graphs that do not load.
 BUILDER_OPTIONS = {"fuse_qkv": "false", "shared_embeddings": "false"}
-CALIBRATION_ROWS = 512  # at most
+_ROWS = 512  # of a run's rows that are read for calibration, at most
 _LONGEST = 1024  # tokens of a row that are calibrated on: attention's memory grows with their square
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an export may learn from.
+
+    Attributes:
+        rows: training rows.
+        heal: the recipe's `export.heal`; nothing is repaired when None or without steps.
+        seed: of what healing draws.
+        checkpoints: existing folder that outlives a crash, from which healing goes on; none when None.
+    """
+
+    rows: Sequence[Encoded] = ()
+    heal: HealSection | None = None
+    seed: int = 42
+    checkpoints: Path | None = None
+
+    @staticmethod
+    def wanted(target: Target, heal: HealSection) -> int | None:
+        """How many rows an export with this target reads: None for all."""
+        if heal.steps and target.quantization:
+            return None
+        return _ROWS if target.calibrates else 0
+
+
+NO_EXAMPLES = Examples()
 
 
 def calibration_rows(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
@@ -40,7 +73,7 @@ def write_checkpoint(
     folder: Path,
     merged: Path,
     section: QuantizationSection,
-    rows: Sequence[Encoded],
+    examples: Examples,
     *,
     trust_remote_code: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
@@ -50,11 +83,11 @@ def write_checkpoint(
         folder: existing, empty folder.
         merged: transformers folder.
         section: the target's `quantization`.
-        rows: training rows; as many as the section wants are calibrated on.
+        examples: rows to calibrate on, as many as the section wants, and to heal on.
 
     Returns:
         The matrices that `graph.finish` is to give the kernel for int8 activations, and what the report says: `grids` (how
-        many matrices have each), `spared` (matrices that could not bear int8 activations, and the error), seconds.
+        many matrices have each), `spared` (matrices that could not bear int8 activations, and the error), `heal`, seconds.
 
     Raises:
         InputError: rows are needed and not given, or the model cannot be quantized so.
@@ -62,28 +95,65 @@ def write_checkpoint(
     started = time.monotonic()
     check_kernels(section)
     plan = section.plan()
-    chosen = _chosen(plan, rows, section.calibration_tokens)
+    chosen = _chosen(plan, examples.rows, section.calibration_tokens)
     writer = Checkpoint(folder, merged, plan)
+    healing = examples.heal is not None and examples.heal.steps > 0
+    found: dict[str, Quantized] = {}
+    floats: dict[str, torch.Tensor] = {}
     spared = quantize_model(
         merged,
         plan,
         [row.ids for row in chosen],
-        writer.keep,
-        keep_float=writer.keep_float,
+        found.__setitem__ if healing else writer.keep,
+        keep_float=floats.__setitem__ if healing else writer.keep_float,
         layer_done=writer.layer_done,
         trust_remote_code=trust_remote_code,
     )
-    writer.finish(trust_remote_code=trust_remote_code)
-    if spared:
-        progress.say(f"export: {len(spared)} matrices do not bear int8 activations and keep 8-bit weights only")
-    return writer.int8, {
+    report = {
         "method": plan.method,
         "calibration_tokens": sum(len(row.ids) for row in chosen),
-        "grids": writer.grids(),
         "spared": {name: round(error, 5) for name, error in spared.items()},
+    }
+    if spared:
+        progress.say(f"export: {len(spared)} matrices do not bear int8 activations and keep 8-bit weights only")
+    if healing:
+        report["heal"] = _heal(merged, examples, found, floats, writer, trust_remote_code)
+    writer.finish(trust_remote_code=trust_remote_code)
+    return writer.int8, {
+        **report,
+        "grids": writer.grids(),
         "weights_mb": round(writer.weight_bytes / 1e6, 3),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _heal(
+    merged: Path,
+    examples: Examples,
+    found: dict[str, Quantized],
+    floats: dict[str, torch.Tensor],
+    writer: Checkpoint,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    from edgetune.export.quantize.heal import heal
+
+    assert examples.heal is not None
+    healed = heal(
+        merged,
+        found,
+        examples.rows,
+        examples.heal,
+        seed=examples.seed,
+        floats=floats,
+        checkpoints=examples.checkpoints,
+        trust_remote_code=trust_remote_code,
+    )
+    for name, tensor in floats.items():
+        writer.keep_float(name, tensor)
+    for name, one in healed.found.items():
+        writer.keep(name, one)
+    writer.layer_done()
+    return healed.report
 
 
 def check_kernels(section: QuantizationSection) -> None:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.errors import InputError
+from edgetune.export.quantize.section import QuantizationSection
 from edgetune.files import read_json
 from edgetune.recipe import Limits
 from edgetune.recipe_file import shipped
@@ -52,6 +53,9 @@ class Target(Section):
     options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Further options of the ONNX Runtime GenAI model builder."
     )
+    quantization: QuantizationSection | None = Field(
+        None, description="How the weights are rounded; as the model builder does it when not given."
+    )
     graph: GraphRules = Field(default_factory=GraphRules, description="What the graph must not contain.")
     static: StaticShapes | None = Field(None, description="Fixed shapes and 8-bit QDQ; dynamic shapes when not given.")
     kv_cache: Literal["float", "int8"] = Field(
@@ -66,6 +70,12 @@ class Target(Section):
         return self
 
     @model_validator(mode="after")
+    def _quantized_is_int(self) -> Target:
+        if self.quantization and (self.static or self.precision not in ("int4", "int8")):
+            raise ValueError("`quantization` goes with precision int4 or int8, and not with `static`")
+        return self
+
+    @model_validator(mode="after")
     def _int8_cache_where_attention_has_it(self) -> Target:
         if self.kv_cache == "int8" and (self.static or self.provider not in ("cpu", "cuda")):
             raise ValueError("`kv_cache: int8` goes with the providers cpu and cuda, and not with `static`")
@@ -74,7 +84,9 @@ class Target(Section):
     @property
     def calibrates(self) -> bool:
         """Whether training rows are needed."""
-        return self.static is not None or self.kv_cache == "int8"
+        if self.static or self.kv_cache == "int8":
+            return True
+        return self.quantization is not None and self.quantization.plan().calibrated
 
     def options_of_work(self) -> dict[str, Any]:
         """What decides the artifact, for its manifest; what only people read is left out."""

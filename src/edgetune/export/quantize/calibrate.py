@@ -7,6 +7,7 @@ a layer each matrix sees those of the quantized matrices before it, so that late
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,7 @@ def _embed(
         return _States()
     weight = weights.get(f"{EMBEDDING}.weight")
     if keep:
-        grid = plan.grid(EMBEDDING)
-        check_blocks(EMBEDDING, weight, grid)
+        grid = fitted(EMBEDDING, plan.grid(EMBEDDING), weight.shape[1])
         found = _rounded(weight, grid, plan)
         keep(EMBEDDING, found)
         weight = found.dequantize()
@@ -179,22 +179,23 @@ class _Layer:
     def _parts(self, path: str) -> list[tuple[str, torch.Tensor]]:
         return parts_of(f"{self._name}.{path}", self._linears[path].weight, self._config)
 
-    def _grid(self, part: str) -> Grid:
-        return self._given.get(part) or self._plan.grid(part)
+    def _grid(self, part: str, columns: int) -> Grid:
+        return fitted(part, self._given.get(part) or self._plan.grid(part), columns)
 
     def _quantize(self, group: Group, keep: Keep) -> None:
         import torch
 
         parts = {path: self._parts(path) for path in group.paths}
         calibrated = bool(self._states.hidden) and self._plan.method == "gptq"
-        fine = calibrated and any(self._grid(part).bits == 4 for found in parts.values() for part, _ in found)
+        fine = calibrated and any(
+            self._grid(part, weight.shape[1]).bits == 4 for found in parts.values() for part, weight in found
+        )
         hessian = self._hessian(group.paths[0]) if fine else None
         factors: dict[int, Factor] = {}
         for path, found in parts.items():
             rounded = []
             for part, weight in found:
-                grid = self._grid(part)
-                check_blocks(part, weight, grid)
+                grid = self._grid(part, weight.shape[1])
                 size = grid.block(weight.shape[1])
                 if hessian is None or grid.bits == 8:
                     result = _rounded(weight, grid, self._plan)
@@ -325,8 +326,8 @@ def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep,
     """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
     import torch
 
-    grid, weight = plan.grid(HEAD), weights.get(f"{EMBEDDING if tied else HEAD}.weight")
-    check_blocks(HEAD, weight, grid)
+    weight = weights.get(f"{EMBEDDING if tied else HEAD}.weight")
+    grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
     if not states.hidden or grid.bits == 8 or plan.method != "gptq":
         keep(HEAD, _rounded(weight, grid, plan))
         return
@@ -339,11 +340,14 @@ def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep,
     keep(HEAD, gptq(weight, factor(total, grid.block_size), grid).as_stored())
 
 
-def check_blocks(name: str, weight: torch.Tensor, grid: Grid) -> None:
-    """Raise InputError where a grid's blocks do not divide a matrix."""
-    if weight.shape[1] % grid.block(weight.shape[1]):
-        fits = [size for size in reversed(BLOCK_SIZES) if weight.shape[1] % size == 0]
+def fitted(name: str, grid: Grid, columns: int) -> Grid:
+    """The grid, with the next smaller block that divides so many columns. Raises InputError when there is none."""
+    if grid.activations == "int8" or columns % grid.block_size == 0:
+        return grid
+    fits = [size for size in BLOCK_SIZES if columns % size == 0 and size < grid.block_size]
+    if not fits:
         raise InputError(
-            f"a block of {grid.block_size} does not divide the {weight.shape[1]} columns of {name}",
-            fix=f"choose a block of {fits[0]}" if fits else "leave the model in float32",
+            f"no block size divides the {columns} columns of {name}",
+            fix="export it unquantized: --target cpu-fp32",
         )
+    return replace(grid, block_size=fits[-1])

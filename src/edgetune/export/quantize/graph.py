@@ -24,13 +24,14 @@ _LARGE, _ALIGNMENT = 1 << 23, 65_536  # bytes: a large tensor starts where Windo
 _SMALL = 1_024  # bytes: stays in the graph file
 
 
-def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str]) -> None:
+def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int) -> None:
     """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
 
     Args:
         graph_file: model.onnx, whose weights lie in one file beside it.
         checkpoint: the quantized checkpoint that it was made from.
         int8: full names of the matrices that are to be computed with int8 activations.
+        context: the artifact's, in tokens: angles of rotary embeddings are kept for so many positions.
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -41,6 +42,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str]) -> None:
     _put_embedding(model.graph, graph_file, checkpoint)
     put_kernels(model.graph, graph_file, int8)
     halve_scales(model.graph)
+    _trim_angles(model.graph, context)
     _save(model, graph_file)
 
 
@@ -70,6 +72,17 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
     lookup.outputs[0].replace_all_uses_with(found.outputs[0])
     graph.remove(lookup, safe=True)
     del graph.initializers[name]
+
+
+def _trim_angles(graph: ir.Graph, context: int) -> None:
+    """Keep the cosines and sines of the positions that the artifact has."""
+    import onnx_ir as ir
+
+    for name in ("cos_cache", "sin_cache"):
+        value = graph.initializers.get(name)
+        if value is not None and value.const_value is not None:
+            kept = value.const_value.numpy()[:context].copy()
+            value.const_value, value.shape = ir.tensor(kept, name=name), ir.Shape(kept.shape)
 
 
 def _of_head(graph: ir.Graph, graph_file: Path) -> tuple[list[Any], dict[str, int]]:

@@ -50,7 +50,9 @@ def put_kernels(graph: ir.Graph, graph_file: Path, int8: Iterable[str]) -> None:
             joined |= set(parts)
     for gate in [node for node in nodes if _last(node) == "gate_proj" and node in rounded]:
         read = gate.inputs[0]
-        ups = [use.node for use in (read.uses() if read else ()) if _last(use.node) == "up_proj" and use.node in rounded]
+        ups = [
+            use.node for use in (read.uses() if read else ()) if _last(use.node) == "up_proj" and use.node in rounded
+        ]
         if len(ups) == 1:
             _join_gate(graph, [gate, ups[0]])
             joined |= {gate, ups[0]}
