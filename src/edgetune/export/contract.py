@@ -69,25 +69,41 @@ def write_contract(
 
 
 def _golden(tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, Any] | None:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # a template may refuse a system turn; the runtime refuses it likewise
+    text = _text(tokenizer, messages, answer=True)
+    if text is None:  # a template may refuse a system turn; the runtime refuses it likewise
         return None
     return {"messages": messages, "text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
 
 def _prompt_template(tokenizer: Any) -> dict[str, str]:
-    """The template in the words of local catalogs: text around `{Content}`."""
+    """The template in the words of local catalogs: text around `{Content}`, as far as the template has such turns.
+
+    `prompt` is a first question up to where the answer begins, with what the template puts in front; `system`, `user` and
+    `assistant` are whole turns. Foundry Local takes folders with this file and a `Name` in it for models:
+    https://learn.microsoft.com/azure/foundry-local/how-to/how-to-compile-hugging-face-models
+    """
     mark = "{Content}"
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}], tokenize=False
-    )
-    found = {"prompt": prompt}
-    if whole.startswith(prompt):
-        found["assistant"] = whole[len(prompt) :]
+    system, user, assistant = ({"role": role, "content": mark} for role in ("system", "user", "assistant"))
+    found = {"prompt": _text(tokenizer, [user], answer=True) or ""}
+    for role, before, turns in (
+        ("system", [], [system]),
+        ("user", [system], [system, user]),
+        ("assistant", [user], [user, assistant]),
+    ):
+        whole, start = _text(tokenizer, turns), _text(tokenizer, before) if before else ""
+        if whole is None or start is None:
+            continue  # no such turn
+        turn = whole[len(start) :]
+        if whole.startswith(start) and turn.count(mark) == 1:
+            found[role] = turn
     return found
+
+
+def _text(tokenizer: Any, messages: list[dict[str, str]], answer: bool = False) -> str | None:
+    """What the template makes of a conversation, None where it refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+    except TemplateError:
+        return None

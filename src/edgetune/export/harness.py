@@ -142,7 +142,10 @@ class Folder(TemplateLM):
 
     def _answer(self, prompt: list[int], until: list[str], most: int) -> str:
         ids, made, text = prompt[-(self.max_length - most) :], [], ""
-        *_, logits = pieces(self._reader, ids, _STEP)
+        step = min(_STEP, self._reader.most or _STEP)
+        self._reader.reset()
+        for start in range(0, len(ids), step):
+            logits = self._reader.feed(ids[start : start + step])
         while True:
             token = int(logits[-1].argmax())
             if token in self._ends:
