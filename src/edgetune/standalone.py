@@ -297,12 +297,10 @@ def _rows_of(
     """The first rows of a file of examples, encoded, and where each stands, as file:line."""
     from edgetune.data.examine import encode_any
     from edgetune.data.problems import Problems
-    from edgetune.data.source import Source
+    from edgetune.data.read import read
 
-    encoded = encode_any(file, renderer, train_on, limit, rows)
-    source = Source([(file, file.name)])
-    source.survey("held-out", "auto", Problems())
-    return encoded, [row.where for row in itertools.islice(source.normalized(), rows)]
+    encoded = encode_any(file, renderer, train_on, limit, rows)  # raises where a row cannot be used: none is left out
+    return encoded, [row.where for row in itertools.islice(read(file, Problems(), file.name), rows)]
 
 
 def _digests(merged: Path) -> set[str]:

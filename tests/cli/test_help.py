@@ -12,7 +12,7 @@ import pytest
 from conftest import edgetune
 
 COMMANDS = [
-    *(["run"], ["plan"], ["sweep"], ["train"], ["merge"], ["export"], ["verify"], ["bench"]),
+    *(["run"], ["plan"], ["sweep"], ["train"], ["merge"], ["export"], ["verify"], ["bench"], ["compare"]),
     *(["chat"], ["generate"], ["serve"], ["doctor"], ["package"], ["unpack"], ["evaluate"]),
     *(["recipes", name] for name in ("ls", "show", "cp", "schema")),
     ["data", "check"],
