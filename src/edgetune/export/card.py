@@ -75,7 +75,7 @@ def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     verified = reports.get("verify", {}).get("device")
     if not device:
         return []
-    if verified and verified["ran"]:
+    if verified and verified["ran"] and verified["provider"] == device["provider"] != "cpu":
         parts = ", ".join(f"{name} {share:.0%}" for name, share in verified["shares"].items())
         return [("verified on the device", f"yes; nodes by provider: {parts}")]
     if device["ran"]:

@@ -272,7 +272,10 @@ class Session:
 
     def _begin(self, ids: list[int], limit: int, options: GenerationOptions, cancel: threading.Event) -> Any:
         """A native generator that has read the prompt. Keeping common prefixes will find its place here."""
-        search: dict[str, Any] = {"max_length": len(ids) + limit, "do_sample": options.temperature > 0}
+        # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
+        fixed = "sliding_window" in self.artifact.config["model"]["decoder"]
+        length = self.artifact.max_length if fixed else len(ids) + limit
+        search: dict[str, Any] = {"max_length": length, "do_sample": options.temperature > 0}
         if options.temperature > 0:
             search |= {"temperature": options.temperature, "top_p": options.top_p}
             search["top_k"] = min(options.top_k, int(self.artifact.config["model"]["vocab_size"]))
