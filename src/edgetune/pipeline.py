@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
-from edgetune.data.examine import train_files, validation_files
-from edgetune.errors import InputError, require_extra
-from edgetune.files import digest, require_space, sha256_file, staged_folder, write_json
-from edgetune.recipe_file import LoadedRecipe, load
+from edgetune.errors import InputError
+from edgetune.files import require_space, staged_folder, write_json
+from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import MANIFEST, STAGES, Result, RunFolder, Work, seal
+from edgetune.stage_work import look_before, stage_work, with_target_limits
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
     from edgetune.export.quantized import Examples
     from edgetune.export.targets import Target
     from edgetune.models import Base
-    from edgetune.recipe import Recipe
     from edgetune.train.crew import Crew
     from edgetune.train.trainer import Job
 
@@ -35,7 +34,7 @@ class Pipeline:
     """The stages of one recipe in one run folder."""
 
     def __init__(self, loaded: LoadedRecipe, base: Base | None = None, crew: Crew | None = None) -> None:
-        self.recipe = _with_target_limits(loaded.recipe)
+        self.recipe = with_target_limits(loaded.recipe)
         self._crew = crew  # the processes that train; this one alone when None
         self._path = loaded.path
         self.folder = RunFolder(loaded.run_dir)
@@ -149,20 +148,7 @@ class Pipeline:
 
     def look_before(self, stages: Sequence[str]) -> None:
         """Refuse what is sure to fail later (InputError), before anything is fetched or written."""
-        from edgetune.export.targets import load_target
-        from edgetune.train import method, trackers
-
-        require_extra("train")
-        method.require_installed(self.recipe.train)
-        trackers.check(self.recipe.train.trackers)
-        if "export" in stages:
-            require_extra("export")
-        load_target(self.recipe.export.target)
-        for path in [*train_files(self.recipe.data), *validation_files(self.recipe.data)]:
-            self._hash(path)
-        template = self.recipe.model.chat_template
-        if template and not Path(template).is_file():
-            raise InputError("no such file", where="model.chat_template", fix=f"check {template}")
+        look_before(self.recipe, self.folder, stages)
 
     def _one(self, stage: str, result: Result, forced: bool) -> None:
         work = self.work(stage)
@@ -184,54 +170,12 @@ class Pipeline:
 
     def work(self, stage: str) -> Work:
         """What `stage` would do now. The stages before it must have been done."""
-        recipe, base, content = self.recipe, self.base(), self.folder.content
-        base_id = {"id": base.id, "revision": base.revision, "sha256": base.digest}
-        template = sha256_file(Path(recipe.model.chat_template)) if recipe.model.chat_template else None
-        # What decides how prepared rows become tokens.
-        reading = {"train_on": recipe.data.train_on, "max_length": recipe.data.max_length, "chat_template": template}
-        if stage == "data":
-            tokenizer = {
-                name: value for name, value in base.files.items() if not name.endswith((".safetensors", ".py"))
-            }
-            options = recipe.data.model_dump(exclude={"train", "validation"})
-            if not isinstance(recipe.data.validation, str):
-                options["validation"] = recipe.data.validation.model_dump()
-            inputs = {
-                "train rows": [self._hash(path) for path in train_files(recipe.data)],
-                "validation rows": [self._hash(path) for path in validation_files(recipe.data)],
-                "tokenizer": digest(tokenizer),
-                "chat template": template,
-            }
-            return Work(stage, inputs, {**options, "seed": recipe.seed})
-        if stage == "train":
-            options = {**recipe.train.model_dump(exclude={"distributed"}), **reading, "seed": recipe.seed}
-            return Work(stage, {"base": base_id, "data": content("data")}, options)
-        if stage == "merge":
-            return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
-        if stage == "export":
-            from edgetune.export.targets import load_target
-
-            target = load_target(recipe.export.target).options_of_work()
-            options = {"target": target, "max_length": recipe.export.max_length, "name": self.name}
-            if recipe.export.heal.steps:
-                options |= {"heal": recipe.export.heal.model_dump(), "seed": recipe.seed}
-            return Work(stage, {"merged": content("merge")}, options)
-        if stage == "verify":
-            inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
-            return Work(stage, inputs, {**recipe.verify.model_dump(), **reading})
-        from edgetune.runtime.hardware import cpu
-
-        return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(cpu())})
+        return stage_work(stage, self.recipe, self.base(), self.folder)
 
     @property
     def name(self) -> str:
         """The run's and the artifact's name."""
         return self.folder.path.name
-
-    def _hash(self, path: Path) -> str:
-        if not path.is_file():
-            raise InputError("no such data file", where=path, fix="check `data.train` and `data.validation`")
-        return self.folder.hashes.file(path)
 
     @contextlib.contextmanager
     def _held(self, base: Base) -> Iterator[Base]:
@@ -447,35 +391,6 @@ class Pipeline:
                 known[stage] = self.folder.report(stage)
         text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), known)
         rewrite_card(self.folder.output("export"), text)
-
-
-def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
-    """Make a run's artifact again, its codes and scales repaired, and verify it.
-
-    Args:
-        run: the run folder, with its data and its merged model.
-        steps: of `export.heal`.
-        overrides: `key=value`, in place of what the run's recipe says.
-
-    Raises:
-        InputError: not a run, or one without a merged model; an override of nothing.
-    """
-    if not (run / "recipe.json").is_file():
-        raise InputError("is not a run", where=run, fix="name a run folder: `edgetune runs ls` lists them")
-    place = run if run.name else run.absolute()
-    where = [f"runs_dir={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
-    loaded = load(str(run / "recipe.json"), [f"export.heal.steps={steps}", *overrides, *where])
-    return Pipeline(loaded).again("export", "verify")
-
-
-def _with_target_limits(recipe: Recipe) -> Recipe:
-    """The recipe with the gate's limits in full: its own, the target's where it gives none."""
-    from edgetune.export.targets import load_target, with_limits
-
-    limits = with_limits(load_target(recipe.export.target), recipe.verify.limits)
-    if limits == recipe.verify.limits:
-        return recipe
-    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"limits": limits})})
 
 
 def _release_memory() -> None:

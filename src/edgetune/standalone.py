@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +15,7 @@ from edgetune.files import digest, read_json, staged_folder, write_json
 from edgetune.leases import lease
 from edgetune.progress import say
 from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
-from edgetune.run import FOLDERS, MANIFEST, NOT_CONTENT, Work, read_manifest, seal
+from edgetune.run import FOLDERS, MANIFEST, NOT_CONTENT, Result, Work, read_manifest, seal
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded, Renderer, TrainOn
@@ -336,3 +338,25 @@ def _check_out(out: Path, source: Path, stage: str) -> None:
     if out.is_dir() and any(out.iterdir()) and read_manifest(out).get("stage") != stage:
         fix = "choose an empty or a new folder: --out FOLDER"
         raise InputError(f"holds files that are no earlier output of edgetune {stage}", where=out, fix=fix)
+
+
+def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
+    """Make a run's artifact again, its codes and scales repaired, and verify it.
+
+    Args:
+        run: the run folder, with its data and its merged model.
+        steps: of `export.heal`.
+        overrides: `key=value`, in place of what the run's recipe says.
+
+    Raises:
+        InputError: not a run, or one without a merged model; an override of nothing.
+    """
+    from edgetune.pipeline import Pipeline
+    from edgetune.recipe_file import load
+
+    if not (run / "recipe.json").is_file():
+        raise InputError("is not a run", where=run, fix="name a run folder: `edgetune runs ls` lists them")
+    place = run if run.name else run.absolute()
+    where = [f"runs_dir={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
+    loaded = load(str(run / "recipe.json"), [f"export.heal.steps={steps}", *overrides, *where])
+    return Pipeline(loaded).again("export", "verify")

@@ -34,7 +34,7 @@ def command(
       edgetune heal runs/quickstart export.target=cpu-int4 --steps 200
       edgetune heal runs/quickstart export.heal.learning_rate=5e-4 --json
     """
-    from edgetune.pipeline import heal_run
+    from edgetune.standalone import heal_run
     from edgetune.summary import as_json, summary
 
     result = heal_run(run, steps, overrides or [])

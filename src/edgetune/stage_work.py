@@ -1,0 +1,108 @@
+"""What each stage of a recipe would do: its inputs by hash, and its options; and what can be refused before any begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune.data.examine import train_files, validation_files
+from edgetune.errors import InputError, require_extra
+from edgetune.files import digest, sha256_file
+from edgetune.run import RunFolder, Work
+
+if TYPE_CHECKING:
+    from edgetune.models import Base
+    from edgetune.recipe import Recipe
+
+
+def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Work:
+    """What `stage` would do now. The stages before it must have been done.
+
+    Args:
+        stage: one of `edgetune.run.STAGES`.
+        recipe: with the gate's limits in full.
+        base: its base model.
+        folder: the run.
+
+    Raises:
+        InputError: a data file is missing, or there is no such target.
+    """
+    content = folder.content
+    base_id = {"id": base.id, "revision": base.revision, "sha256": base.digest}
+    template = sha256_file(Path(recipe.model.chat_template)) if recipe.model.chat_template else None
+    # What decides how prepared rows become tokens.
+    reading = {"train_on": recipe.data.train_on, "max_length": recipe.data.max_length, "chat_template": template}
+    if stage == "data":
+        tokenizer = {name: value for name, value in base.files.items() if not name.endswith((".safetensors", ".py"))}
+        options = recipe.data.model_dump(exclude={"train", "validation"})
+        if not isinstance(recipe.data.validation, str):
+            options["validation"] = recipe.data.validation.model_dump()
+        inputs = {
+            "train rows": [file_hash(folder, path) for path in train_files(recipe.data)],
+            "validation rows": [file_hash(folder, path) for path in validation_files(recipe.data)],
+            "tokenizer": digest(tokenizer),
+            "chat template": template,
+        }
+        return Work(stage, inputs, {**options, "seed": recipe.seed})
+    if stage == "train":
+        options = {**recipe.train.model_dump(exclude={"distributed"}), **reading, "seed": recipe.seed}
+        return Work(stage, {"base": base_id, "data": content("data")}, options)
+    if stage == "merge":
+        return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
+    if stage == "export":
+        from edgetune.export.targets import load_target
+
+        target = load_target(recipe.export.target)
+        options = {
+            "target": target.options_of_work(),
+            "max_length": recipe.export.max_length,
+            "name": folder.path.name,
+        }
+        inputs = {"merged": content("merge")}
+        if target.calibrates or recipe.export.heal.steps:
+            inputs["data"] = content("data")
+        if recipe.export.heal.steps:
+            options |= {"heal": recipe.export.heal.model_dump(), "seed": recipe.seed}
+        return Work(stage, inputs, options)
+    if stage == "verify":
+        inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
+        return Work(stage, inputs, {**recipe.verify.model_dump(), **reading})
+    from edgetune.runtime.hardware import cpu
+
+    return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(cpu())})
+
+
+def file_hash(folder: RunFolder, path: Path) -> str:
+    """SHA-256 of a data file, remembered in the run. Raises InputError when it is missing."""
+    if not path.is_file():
+        raise InputError("no such data file", where=path, fix="check `data.train` and `data.validation`")
+    return folder.hashes.file(path)
+
+
+def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
+    """Refuse what is sure to fail later (InputError), before anything is fetched or written."""
+    from edgetune.export.targets import load_target
+    from edgetune.train import method, trackers
+
+    require_extra("train")
+    method.require_installed(recipe.train)
+    trackers.check(recipe.train.trackers)
+    if "export" in stages:
+        require_extra("export")
+    load_target(recipe.export.target)
+    for path in [*train_files(recipe.data), *validation_files(recipe.data)]:
+        file_hash(folder, path)
+    template = recipe.model.chat_template
+    if template and not Path(template).is_file():
+        raise InputError("no such file", where="model.chat_template", fix=f"check {template}")
+
+
+def with_target_limits(recipe: Recipe) -> Recipe:
+    """The recipe with the gate's limits in full: its own, the target's where it gives none."""
+    from edgetune.export.targets import load_target, with_limits
+
+    limits = with_limits(load_target(recipe.export.target), recipe.verify.limits)
+    if limits == recipe.verify.limits:
+        return recipe
+    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"limits": limits})})
