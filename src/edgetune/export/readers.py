@@ -225,8 +225,10 @@ class _Step:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = default_threads()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         with _explained(file, "ONNX Runtime cannot load the graph on the CPU"):
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            source = _unpruned(file) or str(file)
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._file, self._decoder = file, decoder
         self._inputs = {found.name: found for found in self._session.get_inputs()}
         names, given = decoder.get("inputs") or {}, decoder.get("outputs") or {}
@@ -298,6 +300,31 @@ class _Step:
             raise _odd(self._file.parent, "does not say num_key_value_heads and head_size")
         kind = _CACHE_TYPES[self._inputs[name].type]
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type((1, heads, 0, size), kind)
+
+
+def _unpruned(file: Path) -> bytes | None:
+    """A graph whose head gets the last position only (the builder's `prune_lm_head`), with a head for all of them.
+
+    What is computed for a position is the same. None where the graph is not pruned.
+    """
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False)
+    nodes = {node.name: node for node in graph.graph.node}
+    chosen, shaped = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
+    if chosen is None or shaped is None:
+        return None
+    for node in graph.graph.node:
+        for at, name in enumerate(node.input):
+            if name == shaped.output[0]:
+                node.input[at] = chosen.input[0]
+    for node in (chosen, shaped):
+        graph.graph.node.remove(node)
+    del graph.graph.value_info[:]  # shapes of one position
+    for output in graph.graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.shape.dim[1].dim_param = "positions"
+    return bytes(graph.SerializeToString())
 
 
 def _graphs(folder: Path, decoder: dict[str, Any]) -> tuple[_Step, _Step]:
