@@ -35,6 +35,7 @@ BETTER_LESS = {
     "peak_rss_mb": True,
 }
 _DECIDE = tuple(BETTER_LESS)[:3]
+_MARKERS = "osD^v"  # ten colours each
 _FLOOR = 1e-5  # nats: lower ones are drawn here, as the axis is logarithmic
 
 
@@ -229,44 +230,36 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw mean KL divergence over size, and over the decode rate, as a PNG. Rows without both are left out."""
+    """Draw mean KL divergence over size, and over the decode rate, as a PNG; filled is Pareto-optimal.
+
+    Names stand in the legend: artifacts of one size and quality lie on one another.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    shown = {}
     for axes, name, label in (
         (left, "size_mb", "size (MB), left is better"),
         (right, "decode_tokens_per_s", "decode (tokens/s), right is better"),
     ):
         drawn = [row for row in rows if row[name] is not None and row["kld_mean"] is not None]
-        for best, color, text in ((False, "#9db7d5", "others"), (True, "#c8442d", "Pareto-optimal")):
-            some = [row for row in drawn if bool(row["pareto"]) is best]
-            if some:
-                x, y = [row[name] for row in some], [max(row["kld_mean"], _FLOOR) for row in some]
-                axes.plot(x, y, "o", color=color, markersize=8, label=text)
-        _label(axes, drawn, name)
+        for row in drawn:
+            number = next(n for n, other in enumerate(rows) if other is row)
+            color = f"C{number % 10}"
+            style = {"color": color, "markerfacecolor": color if row["pareto"] else "white", "markeredgewidth": 2}
+            marker = _MARKERS[number // 10 % len(_MARKERS)]
+            shown[row["name"]] = axes.plot(row[name], max(row["kld_mean"], _FLOOR), marker, markersize=9, **style)[0]
         axes.set(xlabel=label, yscale="log")
-        axes.margins(x=0.25, y=0.2)
-        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.15, y=0.15)
+        axes.grid(alpha=0.3)
         if not drawn:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#777777")
     left.set_ylabel("mean KL divergence (nats), lower is better")
-    if left.get_legend_handles_labels()[0]:
-        left.legend(frameon=False)
+    if shown:
+        title = "filled: Pareto-optimal\n(size, KL, decode)"
+        figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _label(axes: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """Write names beside the points, in turn above and below, so that near ones stay readable."""
-    for number, row in enumerate(sorted(rows, key=lambda row: row[name])):
-        axes.annotate(
-            row["name"],
-            (row[name], max(row["kld_mean"], _FLOOR)),
-            textcoords="offset points",
-            xytext=(0, 9 if number % 2 else -15),
-            ha="center",
-            fontsize=9,
-        )
