@@ -10,10 +10,12 @@ import torch
 
 from edgetune.data.batch import Encoded
 from edgetune.errors import InputError
+from edgetune.export.quantize import heal_loss
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.heal import heal
 from edgetune.export.quantize.heal_layers import Matrix, Place, as_int8, install
+from edgetune.export.quantize.heal_student import Student
 from edgetune.export.quantize.plan import Plan
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import round_inputs
@@ -51,7 +53,7 @@ def _kl(folder: Path, found: dict[str, Quantized], floats: dict[str, torch.Tenso
         student.get_submodule(name).weight.data.copy_(matrix.dequantize())
     ids = torch.tensor([row.ids for row in rows])
     with torch.no_grad():
-        wanted, is_now = (model(ids).logits.log_softmax(-1) for model in (teacher, student))
+        wanted, is_now = (model(ids).logits[:, :-1].log_softmax(-1) for model in (teacher, student))
     return float((wanted.exp() * (wanted - is_now)).sum(-1).mean())
 
 
@@ -125,6 +127,43 @@ def test_a_tied_embedding_learns_from_both_its_uses(tiny_model: Path) -> None:
     torch.testing.assert_close(matrices["lm_head"].stretch.grad, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_what_the_student_computes_is_what_is_handed_back(tiny_model: Path) -> None:
+    """After learning, its score is that of plain transformers with the matrices that it gives, tied embedding included."""
+    found, _ = _quantized(tiny_model, Plan(Grid(4, 32, True), {}, "min_max"))
+    rows = [Encoded(row.ids, [False, *[True] * (len(row.ids) - 1)]) for row in _rows(4)]
+    student = Student(tiny_model, rows, trust_remote_code=False)
+    student.listen(range(4))
+    student.become(found, {}, 2, 0)
+    made = torch.Generator().manual_seed(4)
+    student.load({name: torch.randn(value.shape, generator=made) * 0.1 for name, value in student.learned().items()})
+    now = {name: matrix.quantized() for name, matrix in student.matrices.items()}
+    assert any(not now[name].codes.equal(found[name].codes) for name in found)
+    assert student.score(range(4))[0] == pytest.approx(_kl(tiny_model, now, {}, rows), rel=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 64, 150])
+def test_the_divergence_and_its_slopes_are_those_of_plain_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heal_loss, "_FLOATS", 384 * 100)  # several pieces
+    made = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(count, 32, generator=made, requires_grad=True) for _ in range(2))
+    weight = torch.randn(384, 32, generator=made)
+    matrix = Matrix(min_max(weight, Grid(4, 32)), None, 0)
+    own = matrix.found.dequantize().requires_grad_(True)
+    heads = heal_loss.Heads(weight, own.detach(), None, matrix)
+    found = heal_loss.divergence(student, teacher.detach(), heads)
+    wanted = (teacher @ weight.t()).log_softmax(-1).detach()
+    is_now = (student @ own.t()).log_softmax(-1)
+    plain = (wanted.exp() * (wanted - is_now)).sum()
+    torch.testing.assert_close(found, plain)
+    slopes = torch.autograd.grad(found, (student, matrix.stretch))
+    for_student, for_weight = torch.autograd.grad(plain, (student, own))
+    torch.testing.assert_close(slopes[0], for_student, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slopes[1], (for_weight * own.detach()).sum(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+    total, same = heal_loss.score(student.detach(), teacher.detach(), heads)
+    assert total == pytest.approx(plain.item(), rel=1e-4)
+    assert same == int((wanted.argmax(-1) == is_now.argmax(-1)).sum())
+
+
 def test_int8_inputs_are_those_of_the_operator_row_by_row() -> None:
     lengths = [3, 5, 1]
     x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(2)) + 0.5
@@ -140,7 +179,6 @@ def test_the_same_seed_gives_the_same_bits_also_when_it_was_interrupted(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgetune.export.quantize import heal as module
-    from edgetune.export.quantize.heal_student import Student
 
     found, _ = _quantized(tiny_model, Plan(Grid(4, 32, True), {}, "min_max"))
     rows, how = _rows(), HealSection(steps=8, step_tokens=400, rank=2, learning_rate=4e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,21 +41,17 @@ def command(
     if json:
         print_json(as_json(result))
     else:
-        print_table(("result", "value"), [*_healed(result.reports["export"].get("heal")), *summary(result)])
+        print_table(("result", "value"), [_healed(result.reports["export"]["quantization"]["heal"]), *summary(result)])
     if result.missed:
         raise result.missed
 
 
-def _healed(found: dict[str, object] | None) -> list[tuple[str, str]]:
-    if not found:
-        return []
-    held: dict[str, dict[str, float]] = found["held_out"]  # type: ignore[assignment]
+def _healed(found: dict[str, Any]) -> tuple[str, str]:
+    held = found["held_out"]
     before, after = held["before"], held["after"]
-    return [
-        (
-            "healed",
-            f"KL {before['kld_mean']:.4f} → {after['kld_mean']:.4f}, best token agrees {before['top1_agreement']:.1%} → "
-            f"{after['top1_agreement']:.1%} ({held['rows']} training rows held out), step {found['best_step']} of "
-            f"{found['steps_done']}",
-        )
-    ]
+    return (
+        "healed",
+        f"KL {before['kld_mean']:.4f} → {after['kld_mean']:.4f}, best token agrees {before['top1_agreement']:.1%} → "
+        f"{after['top1_agreement']:.1%} on {held['rows']} held-out training rows; step {found['best_step']} of "
+        f"{found['steps_done']}",
+    )

@@ -252,6 +252,7 @@ def install(model: Any, found: dict[str, Quantized], rank: int, seed: int, where
             draw = torch.Generator().manual_seed(seed + 8 * number + index)
             made[name] = Matrix(found[name], weight, rank, draw)
         _become(module, GridLinear, [made[name] for name, _ in parts])
+        module.weight = torch.nn.Parameter(torch.empty_like(module.weight.data), requires_grad=False)
         module.where = where
         module.int8_inputs = any(found[name].grid.activations == "int8" for name, _ in parts)
         module.refresh()
@@ -273,4 +274,3 @@ def install(model: Any, found: dict[str, Quantized], rank: int, seed: int, where
 def _become(module: Any, kind: type[torch.nn.Module], matrices: list[Matrix]) -> None:
     module.__class__ = kind  # the module stays the same object: names and ties hold
     module.matrices = tuple(matrices)  # not registered: they have names of their own
-    module.weight = torch.nn.Parameter(module.weight.data.clone(), requires_grad=False)

@@ -11,6 +11,9 @@ from edgetune.export.quantize.grid import in_blocks
 from edgetune.export.quantize.heal_layers import Matrix
 
 _FLOATS = 12_000_000  # logits at a time
+_ROUND = (
+    64  # positions are filled up to a multiple of this: libraries make code for each size of a product that they meet
+)
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,25 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, student: torch.Tensor, stretch: torch.Tensor, teacher: torch.Tensor, heads: Heads
     ) -> torch.Tensor:
         learns_x, learns_head, *_ = ctx.needs_input_grad
+        count, (student, teacher) = len(student), (_filled(student), _filled(teacher))
         dx = torch.empty_like(student) if learns_x else None
         dstretch = torch.zeros_like(stretch) if learns_head and heads.matrix else None
-        total = torch.zeros(())
+        total = torch.zeros((), device=student.device)
         for place in _places(len(student), len(heads.student)):
-            part = student[place]
+            part, there = student[place], max(0, count - place.start)  # beyond `there` is what was filled up
             wanted = heads.logits(teacher[place], heads.teacher).log_softmax(-1)
             found = heads.logits(part, heads.student).log_softmax(-1)
             shares = wanted.exp()
-            total += shares.mul(wanted.sub_(found)).sum()
+            total += shares.mul(wanted.sub_(found))[:there].sum()
             if dx is None:
                 continue
             slope = found.exp_().sub_(shares).to(part.dtype)
+            slope[there:] = 0
             torch.mm(slope, heads.student, out=dx[place])
             if dstretch is not None and heads.matrix:
                 pull = (slope.t() @ part).mul_(heads.student)
                 dstretch += in_blocks(pull, heads.matrix.grid).sum(-1, dtype=torch.float32)
+        dx = None if dx is None else dx[:count]
         ctx.save_for_backward(dx, dstretch)
         return total
 
@@ -66,8 +72,12 @@ class _Divergence(torch.autograd.Function):
         return dx, dstretch, None, None
 
 
+def _filled(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % _ROUND))
+
+
 def _places(count: int, vocabulary: int) -> list[slice]:
-    step = max(16, _FLOATS // vocabulary)
+    step = max(1, _FLOATS // vocabulary // _ROUND) * _ROUND
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -86,10 +96,12 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, heads: Heads) -> to
 @torch.no_grad()
 def score(student: torch.Tensor, teacher: torch.Tensor, heads: Heads) -> tuple[float, int]:
     """Σ KL(teacher || student) over N positions, and at how many both models' best token is the same."""
-    total, same = 0.0, 0
+    total, same, count = 0.0, 0, len(student)
+    student, teacher = _filled(student), _filled(teacher)
     for place in _places(len(student), len(heads.student)):
-        wanted = heads.logits(teacher[place], heads.teacher).log_softmax(-1)
-        found = heads.logits(student[place], heads.student).log_softmax(-1)
+        there = max(0, count - place.start)
+        wanted = heads.logits(teacher[place], heads.teacher).log_softmax(-1)[:there]
+        found = heads.logits(student[place], heads.student).log_softmax(-1)[:there]
         same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
         total += float(wanted.exp().mul_(wanted.sub_(found)).sum())
     return total, same

@@ -17,7 +17,7 @@ from edgetune.export.quantize.heal_layers import GridLinear, Matrix, Place, inst
 from edgetune.export.quantize.heal_loss import Heads, divergence, score
 from edgetune.models import load_model
 from edgetune.recipe import TrainSection
-from edgetune.train import attention
+from edgetune.train import attention, memory
 from edgetune.train.method import base_dtype
 from edgetune.train.objective import Objective
 from edgetune.train.schedule import passes
@@ -37,6 +37,7 @@ class Student:
     """
 
     def __init__(self, folder: Path, rows: Sequence[Encoded], *, trust_remote_code: bool) -> None:
+        memory.bound_kept_code()
         dtype = base_dtype(TrainSection())
         self.model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().requires_grad_(False)
         if torch.cuda.is_available():
