@@ -1,6 +1,6 @@
 """Compute what each process holds while it trains, by method, engine and size of the model, with `edgetune plan`'s code.
 
-    python benchmarks/memory_table.py [--processes 8]
+    python benchmarks/memory_table.py [--processes 8] [--methods lora,dora,qlora,full] [--sizes 0.5B,7B,32B]
 
 Nothing is downloaded: the shapes below are those of Qwen2.5's published configurations. Activations are counted on shallow
 models of the same widths, so the largest shape wants some 16 GB and some minutes.
@@ -63,11 +63,14 @@ def main() -> None:
     """Print the table, in GB (1e9 bytes)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8)
-    processes = parser.parse_args().processes
-    print(f"| GB in each of {processes} processes | " + " | ".join(SHAPES) + " |")
-    print("|---" * (1 + len(SHAPES)) + "|")
-    for method in ("lora", "dora", "qlora", "full"):
-        found = {size: counted(method, size) for size in SHAPES}
+    parser.add_argument("--methods", default="lora,dora,qlora,full")
+    parser.add_argument("--sizes", default=",".join(SHAPES))
+    args = parser.parse_args()
+    processes, sizes = args.processes, args.sizes.split(",")
+    print(f"| GB in each of {processes} processes | " + " | ".join(sizes) + " |")
+    print("|---" * (1 + len(sizes)) + "|")
+    for method in args.methods.split(","):
+        found = {size: counted(method, size) for size in sizes}
         for name, engine in ENGINES.items():
             if method == "qlora" and name in ("ZeRO-3", "fsdp"):
                 continue  # 4-bit weights cannot be divided

@@ -25,7 +25,7 @@ from typing import Any
 from edgetune import __version__
 from edgetune.errors import EdgetuneError
 from edgetune.files import existing, home
-from edgetune.runtime import providers
+from edgetune.runtime import kernels, providers
 from edgetune.runtime.hardware import bandwidth_gb_s, hardware
 
 EXTRAS = ("runtime", "train", "export", "dev")
@@ -93,7 +93,8 @@ def examine() -> dict[str, Any]:
         ready for JSON: ok (the runtime works and nothing installed is broken), broken, missing and notes
         (lines for people), edgetune (its version), packages (see `Need`), extras (complete or not), runtime
         (works, providers, telemetry_off), hardware and bandwidth_gb_s (None where a package that measures
-        them is missing), providers (see `edgetune.runtime.providers.Status`), disk_free_mb (by folder), home, pip.
+        them is missing), providers (see `edgetune.runtime.providers.Status`), kernels (relative
+        error of each quantized product, see `edgetune.runtime.kernels`), disk_free_mb (by folder), home, pip.
 
     Raises:
         EdgetuneError: edgetune itself, or what reads versions, is not installed.
@@ -117,6 +118,7 @@ def examine() -> dict[str, Any]:
         },
         "runtime": runtime,
         "providers": providers.examine() if runtime["works"] else [],
+        "kernels": kernels.errors() if runtime["works"] else {},
         "hardware": machine,
         "bandwidth_gb_s": bandwidth,
         "disk_free_mb": {str(folder): _free_mb(folder) for folder in (home(), Path.cwd())},
@@ -151,11 +153,18 @@ def machine_table(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory bandwidth", f"{bandwidth:.1f} GB/s read, measured now" if bandwidth else "not measured"),
         *((f"disk at {folder}", f"{free:,} MB free") for folder, free in report["disk_free_mb"].items()),
         ("home", f"{report['home']['path']}{'' if writable else ' (cannot be written)'}"),
+        *_kernel_rows(report["kernels"]),
         ("execution providers", built_in or "none: ONNX Runtime does not load"),
         ("onnxruntime-genai", "loads" if runtime["works"] else "does not load"),
         ("telemetry", "off" if runtime["telemetry_off"] else "unknown: ONNX Runtime does not load"),
         *((f"extra {extra}", "complete" if yes else "not complete") for extra, yes in report["extras"].items()),
     ]
+
+
+def _kernel_rows(found: dict[str, float]) -> list[tuple[str, str]]:
+    bad = [f"{name} is wrong by {error:.0%}" for name, error in found.items() if not error <= kernels.MOST_ERROR]
+    how = f"NOT RIGHT: {'; '.join(bad)}: use artifacts without it" if bad else f"right: {', '.join(found)}"
+    return [("quantized products", how)] if found else []
 
 
 def _hardware_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:

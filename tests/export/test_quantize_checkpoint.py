@@ -21,6 +21,7 @@ from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import Plan, parts_of
 from edgetune.export.quantize.smooth import round_inputs
 from edgetune.export.quantize.weights import Weights, skeleton
+from edgetune.export.quantized import BUILDER_OPTIONS
 from edgetune.models import load_model
 
 MIXED = Plan(
@@ -146,7 +147,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
         "precision": "int4",
         "provider": "cpu",
         "cache": str(folder / "cache"),
-        "options": {"shared_embeddings": "false", "fuse_qkv": "false", "accuracy_level": "1"},  # 1: float32 sums
+        "options": {**BUILDER_OPTIONS, "prune_lm_head": "true", "accuracy_level": "1"},  # 1: float32 sums
     }
     reading, writing = os.pipe()  # the builder's process ends when this end is closed
     command = [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)]

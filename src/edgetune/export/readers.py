@@ -218,9 +218,9 @@ class _Step:
     """
 
     def __init__(self, file: Path, folder: Path, decoder: dict[str, Any]) -> None:
-        import onnxruntime
+        from edgetune.runtime.hardware import default_threads  # first: it switches telemetry off
 
-        from edgetune.runtime.hardware import default_threads
+        import onnxruntime  # isort: skip
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised

@@ -118,10 +118,12 @@ def measure(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[
     # min_length, so that a stop token does not end an answer early
     params.set_search_options(max_length=length, min_length=length, do_sample=False)
     for ids in prompts[: job["warmup"]]:
-        say({"round": {"counted": False, **_round(og, model, params, ids, job["new_tokens"])}})
+        found = _round(og, model, params, ids, job["new_tokens"], artifact.prefill_tokens)
+        say({"round": {"counted": False, **found}})
     began, busy = time.perf_counter(), _busy_s(process)
     for ids in prompts[job["warmup"] :]:
-        say({"round": {"counted": True, **_round(og, model, params, ids, job["new_tokens"])}})
+        found = _round(og, model, params, ids, job["new_tokens"], artifact.prefill_tokens)
+        say({"round": {"counted": True, **found}})
     wall = time.perf_counter() - began
     others = (_busy_s(process) - busy) / wall if wall > 0.2 else None  # the system counts in ticks of 10 ms
     return {
@@ -176,14 +178,12 @@ def _fits(artifact: Artifact, prompt: int, new: int) -> None:
         )
 
 
-def _round(og: Any, model: Any, params: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """One prompt answered greedily, fed as a session feeds it. Making the KV cache counts as well."""
-    from edgetune.runtime.session import PREFILL
-
+def _round(og: Any, model: Any, params: Any, ids: list[int], new: int, size: int) -> dict[str, Any]:
+    """One prompt answered greedily, fed `size` tokens at a time as a session feeds it. Making the KV cache counts as well."""
     start = time.perf_counter()
     generator = og.Generator(model, params)
-    for first in range(0, len(ids), PREFILL):
-        generator.append_tokens(ids[first : first + PREFILL])
+    for first in range(0, len(ids), size):
+        generator.append_tokens(ids[first : first + size])
     generator.generate_next_token()
     stamps = [time.perf_counter()]
     for _ in range(new - 1):

@@ -18,10 +18,6 @@ from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
 from edgetune.runtime.providers import named, register_genai, require
 from edgetune.runtime.stops import StopFilter
 
-# Tokens of the prompt that go through the model in one call. A call cannot be interrupted and holds Python's
-# lock, so this bounds how long a cancel waits. It also halves peak memory against one call for 1,500 tokens
-# (no logits for the whole prompt), costs no time, and gives bit for bit the same logits.
-PREFILL = 64
 _WAIT_S = 0.05  # how often a generation that waits for its turn looks at its cancel event
 # JSON as json.dumps writes it. Without this, small models put in white space until the tokens run out.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -291,10 +287,11 @@ class Session:
         else:
             generator = self._guided(params, options.json_schema)
         with _native("the generation failed", self.artifact):
-            for start in range(0, len(ids), PREFILL):
+            size = self.artifact.prefill_tokens
+            for start in range(0, len(ids), size):
                 if cancel.is_set():
                     break
-                generator.append_tokens(ids[start : start + PREFILL])
+                generator.append_tokens(ids[start : start + size])
         return generator
 
     def _guided(self, params: Any, schema: dict[str, Any]) -> Any:
