@@ -310,9 +310,9 @@ class Pipeline:
     def _export(self, work: Work) -> None:
         from edgetune.export.card import describe
         from edgetune.export.package import export
-        from edgetune.export.targets import load_target
+        from edgetune.export.targets import target_of
 
-        target = load_target(self.recipe.export.target)
+        target = target_of(self.recipe.export)
         chain = {
             "base": describe(self.base()),
             "data": self.folder.content("data"),

@@ -97,6 +97,28 @@ class HealSection(Section):
     )
 
 
+class AutoSection(Section):
+    """What `quantization.method: auto` is to reach; each limit is left open when not given."""
+
+    size_mb: float | None = Field(None, gt=0, description="Most MB of the artifact on disk.")
+    decode_tokens_per_s: float | None = Field(
+        None, gt=0, description="Fewest tokens generated in a second, on this processor with all its cores."
+    )
+    prefill_tokens_per_s: float | None = Field(None, gt=0, description="Fewest tokens of a prompt read in a second.")
+    kld_mean: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean KL divergence from the merged model, in nats. The only limit: the smallest artifact that "
+        "keeps it; beside others: the artifact with the least divergence that keeps them all.",
+    )
+    tokens: int = Field(
+        256, ge=16, description="Tokens with loss, of the last training rows, that layers are measured on."
+    )
+    points: str | None = Field(
+        None, description="JSON list of measured points of other artifacts, which the plot then shows."
+    )
+
+
 class ExportSection(Section):
     """The ONNX artifact."""
 
@@ -110,6 +132,10 @@ class ExportSection(Section):
         description="Context of the artifact in tokens, prompt and answer together; capped at the model's own.",
     )
     heal: HealSection = Field(default_factory=HealSection, description="Repair after quantization.")
+    auto: AutoSection = Field(
+        default_factory=AutoSection,
+        description="Limits in place of the target's, for a target that chooses grids by them, such as cpu-auto.",
+    )
 
 
 class Limits(Section):

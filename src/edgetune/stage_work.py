@@ -51,9 +51,9 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
     if stage == "merge":
         return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
     if stage == "export":
-        from edgetune.export.targets import load_target
+        from edgetune.export.targets import target_of
 
-        target = load_target(recipe.export.target)
+        target = target_of(recipe.export)
         options = {
             "target": target.options_of_work(),
             "max_length": recipe.export.max_length,
@@ -82,7 +82,7 @@ def file_hash(folder: RunFolder, path: Path) -> str:
 
 def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
     """Refuse what is sure to fail later (InputError), before anything is fetched or written."""
-    from edgetune.export.targets import load_target
+    from edgetune.export.targets import target_of
     from edgetune.train import method, trackers
 
     require_extra("train")
@@ -90,7 +90,7 @@ def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
     trackers.check(recipe.train.trackers)
     if "export" in stages:
         require_extra("export")
-    load_target(recipe.export.target)
+    target_of(recipe.export)
     for path in [*train_files(recipe.data), *validation_files(recipe.data)]:
         file_hash(folder, path)
     template = recipe.model.chat_template

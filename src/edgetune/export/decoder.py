@@ -126,7 +126,15 @@ def _quantize_and_build(
     target = target.model_copy(update={"options": {**BUILDER_OPTIONS, **target.options}})
     with tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}quantized-", dir=artifact.parent) as folder:
         checkpoint = Path(folder)
-        int8, found = write_checkpoint(checkpoint, merged, section, examples, trust_remote_code=trust_remote_code)
+        int8, found = write_checkpoint(
+            checkpoint,
+            merged,
+            section,
+            examples,
+            context=context,
+            told=log.parent,
+            trust_remote_code=trust_remote_code,
+        )
         peak = _build(checkpoint, target, artifact, log, trust_remote_code)
         finish(artifact / "model.onnx", checkpoint, int8, context)
     return peak, found

@@ -75,6 +75,8 @@ def write_checkpoint(
     section: QuantizationSection,
     examples: Examples,
     *,
+    context: int = 2048,
+    told: Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
     """Quantize a merged model into a checkpoint that the model builder reads.
@@ -84,18 +86,25 @@ def write_checkpoint(
         merged: transformers folder.
         section: the target's `quantization`.
         examples: rows to calibrate on, as many as the section wants, and to heal on.
+        context: the artifact's, in tokens.
+        told: existing folder for what `method: auto` draws; nothing is drawn there when None.
 
     Returns:
         The matrices that `graph.finish` is to give the kernel for int8 activations, and what the report says: `grids` (how
-        many matrices have each), `spared` (matrices that could not bear int8 activations, and the error), `heal`, seconds.
+        many matrices have each), `spared` (matrices that could not bear int8 activations, and the error), `auto` (what it
+        measured and chose), `heal`, seconds.
 
     Raises:
         InputError: rows are needed and not given, or the model cannot be quantized so.
     """
     started = time.monotonic()
-    check_kernels(section)
-    plan = section.plan()
-    chosen = _chosen(plan, examples.rows, section.calibration_tokens)
+    plan, rows = section.plan(), examples.rows
+    more: dict[str, Any] = {}
+    if section.method == "auto":
+        plan, rows, more["auto"] = _auto(merged, section, rows, context, told, trust_remote_code)
+    else:
+        check_kernels(section)
+    chosen = _chosen(plan, rows, section.calibration_tokens)
     writer = Checkpoint(folder, merged, plan)
     healing = examples.heal is not None and examples.heal.steps > 0
     found: dict[str, Quantized] = {}
@@ -113,6 +122,7 @@ def write_checkpoint(
         "method": plan.method,
         "calibration_tokens": sum(len(row.ids) for row in chosen),
         "spared": {name: round(error, 5) for name, error in spared.items()},
+        **more,
     }
     if spared:
         progress.say(f"export: {len(spared)} matrices do not bear int8 activations and keep 8-bit weights only")
@@ -125,6 +135,24 @@ def write_checkpoint(
         "weights_mb": round(writer.weight_bytes / 1e6, 3),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _auto(
+    merged: Path,
+    section: QuantizationSection,
+    rows: Sequence[Encoded],
+    context: int,
+    told: Path | None,
+    trust_remote_code: bool,
+) -> tuple[Plan, Sequence[Encoded], dict[str, Any]]:
+    """The plan that was chosen, the rows that it was not measured on, and what the report says of it."""
+    from edgetune.export.quantize.auto import find, split
+
+    _chosen(section.plan(), rows, section.calibration_tokens)  # raises where there are none
+    rest, held_out = split(rows, section.auto.tokens)
+    calibration = calibration_rows(rest, section.calibration_tokens)
+    found = find(merged, section.auto, calibration, held_out, context, told, trust_remote_code=trust_remote_code)
+    return found.plan, rest, found.report
 
 
 def _heal(

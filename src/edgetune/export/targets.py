@@ -12,9 +12,9 @@ from pydantic import Field, ValidationError, model_validator
 from edgetune.errors import InputError
 from edgetune.export.quantize.section import QuantizationSection
 from edgetune.files import read_json
-from edgetune.recipe import Limits
+from edgetune.recipe import ExportSection, Limits
 from edgetune.recipe_file import shipped
-from edgetune.recipe_section import Section
+from edgetune.recipe_section import Section, changed
 
 Provider = Literal["cpu", "cuda", "dml", "webgpu", "tensorrt-rtx", "openvino", "qnn", "vitisai"]
 
@@ -76,6 +76,12 @@ class Target(Section):
         return self
 
     @model_validator(mode="after")
+    def _auto_measures_here(self) -> Target:
+        if self.quantization and self.quantization.method == "auto" and self.provider != "cpu":
+            raise ValueError("`method: auto` measures this processor: it goes with the provider cpu")
+        return self
+
+    @model_validator(mode="after")
     def _int8_cache_where_attention_has_it(self) -> Target:
         if self.kv_cache == "int8" and (self.static or self.provider not in ("cpu", "cuda")):
             raise ValueError("`kv_cache: int8` goes with the providers cpu and cuda, and not with `static`")
@@ -120,6 +126,28 @@ def load_target(name: str) -> Target:
     except ValidationError as error:
         problems = "; ".join(f"`{'.'.join(map(str, p['loc']))}`: {p['msg'].lower()}" for p in error.errors())
         raise InputError(problems, where=path, fix=f"compare it with {shipped('export') / 'cpu-int8.yaml'}") from error
+
+
+def target_of(section: ExportSection) -> Target:
+    """The target of a recipe's `export`, with the limits that the recipe gives for `method: auto`.
+
+    Raises:
+        InputError: as `load_target`, or the target does not choose grids by limits.
+    """
+    target = load_target(section.target)
+    own = {
+        name: value for name, value in section.auto if name in changed(section.auto, *type(section.auto).model_fields)
+    }
+    if not own:
+        return target
+    if target.quantization is None or target.quantization.method != "auto":
+        raise InputError(
+            f"the target {section.target} does not choose grids by limits",
+            where="export.auto",
+            fix="set export.target: cpu-auto, or remove the limits",
+        )
+    auto = target.quantization.auto.model_copy(update=own)
+    return target.model_copy(update={"quantization": target.quantization.model_copy(update={"auto": auto})})
 
 
 def require_fit(target: Target, merged: Path) -> None:

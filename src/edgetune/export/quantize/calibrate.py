@@ -71,12 +71,12 @@ def quantize_model(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        states = _embed(model, layers, weights, plan, rows if plan.calibrated else (), None if tied else keep)
+        states = embed(model, layers, weights, plan, rows if plan.calibrated else (), None if tied else keep)
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
             weights.fill(layer, f"{prefix}.{number}")
-            job = _Layer(layer, f"{prefix}.{number}", number, plan, states, model.config)
+            job = Layer(layer, f"{prefix}.{number}", number, plan, states, model.config)
             spared |= job.quantize(keep, keep_float)
             empty(layer)
             layer_done()
@@ -94,7 +94,7 @@ def decoder_layers(model: Any) -> tuple[Any, str]:
     raise InputError(f"{type(model).__name__} has no decoder layers that are known", fix="choose another model")
 
 
-class _States:
+class States:
     """What flows through the model: for each row its hidden states, and what each layer gets beside them."""
 
     def __init__(self) -> None:
@@ -108,40 +108,48 @@ class _States:
             self.hidden[i] = out[0] if isinstance(out, tuple) else out
 
 
-def _embed(
+def embed(
     model: Any, layers: Any, weights: Weights, plan: Plan, rows: Sequence[Sequence[int]], keep: Keep | None
-) -> _States:
+) -> States:
     """Quantize the embedding, and run the rows up to the first layer. A tied one (no `keep`) is left for the head."""
     import torch
 
     base, embedding = model.base_model, model.get_input_embeddings()
     if keep is None and not rows:
-        return _States()
+        return States()
     weight = weights.get(f"{EMBEDDING}.weight")
     if keep:
         grid = fitted(EMBEDDING, plan.grid(EMBEDDING), weight.shape[1])
         found = _rounded(weight, grid, plan)
         keep(EMBEDDING, found)
         weight = found.dequantize()
-    states = _States()
     if not rows:
-        return states
+        return States()
     for name, child in base.named_children():
         if child is not layers and child is not embedding:
             weights.fill(child, f"{model.base_model_prefix}.{name}")
     embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
-    for layer in layers:
-        layer.forward = _recorder(states)
-    for ids in rows:
-        states.extra.append([])
-        base(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    for layer in layers:
-        del layer.forward
+    states = enter(model, layers, rows)
     empty(embedding)
     return states
 
 
-def _recorder(states: _States) -> Callable[..., torch.Tensor]:
+def enter(model: Any, layers: Any, rows: Sequence[Sequence[int]]) -> States:
+    """Run rows of token ids up to the first layer; all but the layers has its weights."""
+    import torch
+
+    states = States()
+    for layer in layers:
+        layer.forward = _recorder(states)
+    for ids in rows:
+        states.extra.append([])
+        model.base_model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    for layer in layers:
+        del layer.forward
+    return states
+
+
+def _recorder(states: States) -> Callable[..., torch.Tensor]:
     """A layer's forward that only notes what it is given: transformers makes masks and positions before the layers."""
 
     def forward(hidden: torch.Tensor, **extra: Any) -> torch.Tensor:
@@ -153,10 +161,10 @@ def _recorder(states: _States) -> Callable[..., torch.Tensor]:
     return forward
 
 
-class _Layer:
+class Layer:
     """One decoder layer, its weights in memory."""
 
-    def __init__(self, layer: Any, name: str, number: int, plan: Plan, states: _States, config: Any) -> None:
+    def __init__(self, layer: Any, name: str, number: int, plan: Plan, states: States, config: Any) -> None:
         import torch
 
         self._layer, self._name, self._number, self._states, self._config = layer, name, number, states, config
@@ -167,7 +175,7 @@ class _Layer:
     def quantize(self, keep: Keep, keep_float: KeepFloat) -> dict[str, float]:
         """Quantize every matrix, and send the rows on. Returns what was spared from int8 activations."""
         spared: dict[str, float] = {}
-        groups = self._groups() if self._states.hidden else [Group([path], None) for path in self._linears]
+        groups = self.groups() if self._states.hidden else [Group([path], None) for path in self._linears]
         if self._states.hidden:
             for group in groups:
                 spared |= self._ease(group, keep_float)
@@ -176,7 +184,8 @@ class _Layer:
         self._states.run(self._layer, self._number)
         return spared
 
-    def _parts(self, path: str) -> list[tuple[str, torch.Tensor]]:
+    def parts(self, path: str) -> list[tuple[str, torch.Tensor]]:
+        """A linear layer's weight as the parts that the graph computes, by their full names."""
         return parts_of(f"{self._name}.{path}", self._linears[path].weight, self._config)
 
     def _grid(self, part: str, columns: int) -> Grid:
@@ -185,7 +194,7 @@ class _Layer:
     def _quantize(self, group: Group, keep: Keep) -> None:
         import torch
 
-        parts = {path: self._parts(path) for path in group.paths}
+        parts = {path: self.parts(path) for path in group.paths}
         calibrated = bool(self._states.hidden) and self._plan.method == "gptq"
         fine = calibrated and any(
             self._grid(part, weight.shape[1]).bits == 4 for found in parts.values() for part, weight in found
@@ -211,7 +220,7 @@ class _Layer:
 
     def _ease(self, group: Group, keep_float: KeepFloat) -> dict[str, float]:
         """Smooth the inputs of a group that is computed with int8 activations; leave it to another kernel if that fails."""
-        names = [part for path in group.paths for part, _ in self._parts(path)]
+        names = [part for path in group.paths for part, _ in self.parts(path)]
         wanted = [name for name in names if self._plan.grid(name).activations == "int8"]
         if not wanted:
             return {}
@@ -237,7 +246,7 @@ class _Layer:
             with contextlib.suppress(_Stop):
                 self._layer(hidden, **extra[self._number])
 
-    def _groups(self) -> list[Group]:
+    def groups(self) -> list[Group]:
         """Linear layers in the order in which they run; those that read the very same tensor are together."""
         groups: list[Group] = []
         seen: list[torch.Tensor] = []
@@ -322,22 +331,28 @@ def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
     return found.as_stored()
 
 
-def _head(model: Any, weights: Weights, plan: Plan, states: _States, keep: Keep, tied: bool) -> None:
+def _head(model: Any, weights: Weights, plan: Plan, states: States, keep: Keep, tied: bool) -> None:
     """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
-    import torch
-
     weight = weights.get(f"{EMBEDDING if tied else HEAD}.weight")
     grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
     if not states.hidden or grid.bits == 8 or plan.method != "gptq":
         keep(HEAD, _rounded(weight, grid, plan))
         return
-    total = torch.zeros(weight.shape[1], weight.shape[1])
+    keep(HEAD, gptq(weight, factor(head_hessian(model, states, tied), grid.block_size), grid).as_stored())
+
+
+def head_hessian(model: Any, states: States, tied: bool) -> torch.Tensor:
+    """X^T X (columns, columns) of the head's inputs, from the last layer's outputs."""
+    import torch
+
+    size = states.hidden[0].shape[-1]
+    total = torch.zeros(size, size)
     for hidden in states.hidden:
         inputs = model.base_model.norm(hidden).flatten(0, -2)
         total.addmm_(inputs.T, inputs)
     if tied:  # a lookup reads single weights: these shall not be bent as far as the products would bear
         total.diagonal().add_(_TIED * total.diagonal().mean())
-    keep(HEAD, gptq(weight, factor(total, grid.block_size), grid).as_stored())
+    return total
 
 
 def fitted(name: str, grid: Grid, columns: int) -> Grid:

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from edgetune.errors import InputError
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.plan import Method, Plan
-from edgetune.recipe_section import Section
+from edgetune.recipe import AutoSection
+from edgetune.recipe_section import Section, changed
 
 
 class GridSection(Section):
@@ -40,10 +41,12 @@ class GridSection(Section):
 class QuantizationSection(GridSection):
     """The default for all matrices, what differs, and how the codes are chosen."""
 
-    method: Method = Field(
+    method: Method | Literal["auto"] = Field(
         "gptq",
-        description="Of 4-bit weights: `gptq` calibrates on training rows; `least_error` and `min_max` round each weight.",
+        description="Of 4-bit weights: `gptq` calibrates on training rows; `least_error` and `min_max` round each weight. "
+        "`auto` measures what each layer bears and what each kernel costs here, and chooses all grids by `auto`'s limits.",
     )
+    auto: AutoSection = Field(default_factory=AutoSection, description="Limits of `method: auto`.")
     modules: dict[str, GridSection] = Field(
         default_factory=dict,
         description="Other grids, by the last part of a module's name (`down_proj`) or its full name "
@@ -51,6 +54,23 @@ class QuantizationSection(GridSection):
     )
     calibration_tokens: int = Field(8192, ge=1000, description="Tokens of training rows to calibrate on.")
 
+    @model_validator(mode="after")
+    def _auto_chooses_all_grids(self) -> QuantizationSection:
+        chosen = [
+            name for name in ("bits", "block_size", "zero_points", "activations", "modules") if name in self.told()
+        ]
+        if self.method == "auto" and chosen:
+            raise ValueError(f"`method: auto` chooses the grids itself: remove {', '.join(chosen)}")
+        if self.method != "auto" and "auto" in self.told():
+            raise ValueError("limits under `auto` go with `method: auto`")
+        return self
+
+    def told(self) -> list[str]:
+        """Which options have another value than their default."""
+        return changed(self, *type(self).model_fields)
+
     def plan(self) -> Plan:
-        """The same as the code knows it."""
+        """The same as the code knows it; with `method: auto`, what `auto.find` replaces once it has measured."""
+        if self.method == "auto":
+            return Plan(self.grid())
         return Plan(self.grid(), {name: one.grid() for name, one in self.modules.items()}, self.method)

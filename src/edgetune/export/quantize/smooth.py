@@ -72,7 +72,7 @@ def smooth(layer: Any, group: Group) -> tuple[float, torch.Tensor | None]:
     if chosen is not None:
         for linear in linears:
             linear.weight.mul_(chosen)
-        _divide(layer.get_submodule(group.maker), chosen)
+        divide(layer.get_submodule(group.maker), chosen)
     return best, chosen
 
 
@@ -88,7 +88,7 @@ def _error(
     return total / tokens
 
 
-def _divide(maker: Any, scales: torch.Tensor) -> None:
+def divide(maker: Any, scales: torch.Tensor) -> None:
     """Divide the channels that a norm or a linear layer makes; a fused `gate_up_proj` has the channels in its second half."""
     import torch
 

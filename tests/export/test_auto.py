@@ -1,0 +1,152 @@
+"""`method: auto`: what is measured is right, it goes on where it stopped, and the artifact has the grids that were chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgetune.data.batch import Encoded
+from edgetune.errors import InputError
+from edgetune.export.quantize import auto, auto_cost, auto_sensitivity
+from edgetune.export.quantize.auto import CANDIDATES, find, split
+from edgetune.export.quantize.auto_cost import Costs, Shape, products
+from edgetune.export.quantize.auto_sensitivity import as_read, measure
+from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.rtn import min_max
+from edgetune.export.quantize.smooth import round_inputs
+from edgetune.export.targets import load_target, target_of
+from edgetune.files import read_json
+from edgetune.models import load_model
+from edgetune.recipe import AutoSection, ExportSection
+
+
+def _rows(count: int = 24, length: int = 60) -> list[Encoded]:
+    made = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 384, (count, length), generator=made).tolist()
+    return [Encoded(one, [place >= 20 for place in range(length)]) for one in ids]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_cost, "_SECONDS", 0.0)
+    monkeypatch.setattr(auto_cost, "_FEWEST", 2)
+    monkeypatch.setattr(auto_cost, "_BYTES_A_RUN", 1 << 14)
+
+
+def _kld(folder: Path, names: list[str], grid: Grid, rows: list[Encoded]) -> float:
+    """By plain transformers, with these matrices rounded."""
+    wanted, other = (load_model(folder, dtype=torch.float32).eval() for _ in range(2))
+    total: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for name in names:
+            weight = other.get_submodule(name).weight
+            weight.data = min_max(weight.data, grid).as_stored().dequantize()
+        for row in rows:
+            p, q = (one(torch.tensor([row.ids])).logits[0].log_softmax(-1) for one in (wanted, other))
+            kld = (p.exp() * (p - q)).sum(-1)
+            total += [kld[at - 1] for at in range(1, len(row.ids)) if row.learned[at]]
+    return float(torch.stack(total).double().mean())
+
+
+def test_a_groups_divergence_is_that_of_a_whole_model_with_only_it_rounded(tiny_model: Path, tmp_path: Path) -> None:
+    rows, held_out = split(_rows(), 100)
+    ids = [row.ids for row in rows]
+    found = measure(tiny_model, {"int8": CANDIDATES["int8"]}, ["int8"], ids, held_out, tmp_path)
+    assert [len(unit.shapes) for unit in found.units] == [3, 1, 2, 1] * 2 + [1]
+    for unit in found.units:
+        names = list(unit.shapes) if "lm_head" not in unit.shapes else ["lm_head", "model.embed_tokens"][:1]
+        assert unit.kld["int8"] == pytest.approx(_kld(tiny_model, names, Grid(8, 64), held_out), rel=0.02, abs=1e-8)
+    layers = [name for unit in found.units[:-1] for name in unit.shapes]
+    assert found.together["int8"] == pytest.approx(_kld(tiny_model, layers, Grid(8, 64), held_out), rel=0.02)
+
+
+def test_fewer_bits_cost_more_and_an_interrupted_measurement_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, held_out = split(_rows(), 100)
+    ids, whole, parts = [row.ids for row in rows], tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    first = measure(tiny_model, CANDIDATES, ["int4 block 32", "int8"], ids, held_out, whole)
+    for unit in first.units:
+        assert unit.kld["int8"] < 0.2 * unit.kld["int4 block 32"]
+    assert first.together["int4 block 64"] > first.together["int4 block 32"] > first.together["int8 activations"]
+
+    own = auto_sensitivity._Walk.layer
+
+    def stops(walk: auto_sensitivity._Walk, number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        own(walk, number)
+
+    monkeypatch.setattr(auto_sensitivity._Walk, "layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_model, CANDIDATES, ["int4 block 32", "int8"], ids, held_out, parts)
+    monkeypatch.setattr(auto_sensitivity._Walk, "layer", own)
+    kept = (parts / "layer-0000.json").stat().st_mtime_ns
+    again = measure(tiny_model, CANDIDATES, ["int4 block 32", "int8"], ids, held_out, parts)
+    assert (parts / "layer-0000.json").stat().st_mtime_ns == kept
+    assert [vars(unit) for unit in again.units] == [vars(unit) for unit in first.units]
+    assert again.together == first.together
+
+
+def test_inputs_are_rounded_as_they_are_read() -> None:
+    inputs = torch.randn(1, 140, 32, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 140)[:, None]
+    found = as_read(inputs, 100)[0]
+    pieces = [inputs[0, :64], inputs[0, 64:100], *(inputs[0, at : at + 1] for at in range(100, 140))]
+    assert torch.allclose(found, torch.cat([round_inputs(piece) for piece in pieces]), atol=1e-6)
+    assert torch.equal(as_read(torch.zeros(1, 3, 4), 0), torch.zeros(1, 3, 4))
+
+
+def test_the_plan_names_every_matrix_and_the_report_tells_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    rows, held_out = split(_rows(), 100)
+    found = find(tiny_model, AutoSection(kld_mean=0.02), rows, held_out, 128, tmp_path)
+    assert len(found.plan.modules) == 2 * 7 + 1
+    assert found.report["picked"]["kld_mean"] <= 0.02
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    least = min(point["size_mb"] for point in found.report["front"])
+    with pytest.raises(InputError, match="nearest is predicted"):
+        find(tiny_model, AutoSection(size_mb=least / 2), rows, held_out, 128, tmp_path)
+    small = find(tiny_model, AutoSection(size_mb=least * 1.001), rows, held_out, 128, tmp_path)
+    assert small.report["picked"]["size_mb"] <= least * 1.001
+
+
+def test_costs_are_positive_kept_and_of_the_products_that_the_graph_makes(tmp_path: Path) -> None:
+    costs = Costs(tmp_path, 1, 1 << 16)
+    for grid in CANDIDATES.values():
+        for tokens in (1, auto_cost.MANY):
+            assert 0 < costs.seconds(128, 64, grid, tokens) < 1
+    assert 0 < costs.rest(Shape(2, 64, 128, 4, 2, 16), 1) < 1
+    assert len(read_json(tmp_path / "costs.json")) == 2 * len(CANDIDATES) + 1
+    shapes = {f"model.layers.0.mlp.{name}": (128, 64) for name in ("gate_proj", "up_proj")}
+    assert products(shapes, CANDIDATES["int8 activations"]) == [(256, 64)]
+    assert products(shapes, CANDIDATES["int8"]) == [(128, 64)] * 2
+    assert products({f"{name}_proj": (rows, 64) for name, rows in (("q", 64), ("k", 32), ("v", 32))}, Grid(8)) == [
+        (128, 64)
+    ]
+
+
+def test_a_kernel_that_is_wrong_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtime.kernels.wrong", lambda: {"int4 with zero points": 0.46})
+    assert set(auto._candidates()) == {"int8", "int8 activations"}
+
+
+def test_the_recipes_limits_replace_the_targets_and_need_such_a_target() -> None:
+    own = target_of(ExportSection(target="cpu-auto", auto=AutoSection(size_mb=100)))
+    assert own.quantization is not None
+    assert (own.quantization.auto.size_mb, own.quantization.auto.kld_mean) == (100, 0.04)
+    assert target_of(ExportSection(target="cpu-auto")) == load_target("cpu-auto")
+    with pytest.raises(InputError, match="does not choose grids by limits"):
+        target_of(ExportSection(target="cpu-int4", auto=AutoSection(size_mb=100)))
+
+
+@pytest.mark.parametrize("wrong", ["{", "[1]", '[{"name": "a", "size_mb": "b", "kld_mean": 1}]'])
+def test_broken_points_are_refused_before_anything_is_measured(tiny_model: Path, tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "points.json").write_text(wrong, encoding="utf-8")
+    points = AutoSection(points=str(tmp_path / "points.json"))
+    with pytest.raises(InputError, match="list of measured points"):
+        find(tiny_model, points, _rows(), _rows(2), 128, tmp_path)
+    (tmp_path / "points.json").write_text(json.dumps([{"name": "a", "size_mb": 1, "kld_mean": 0.1}]), encoding="utf-8")
