@@ -139,11 +139,11 @@ def export_model(
     from edgetune.export.card import describe
     from edgetune.export.package import export
     from edgetune.export.quantized import Examples
-    from edgetune.export.targets import load_target
+    from edgetune.export.targets import target_of
     from edgetune.models import resolve
 
     require_extra("export")
-    target = load_target(section.target)
+    target = target_of(section)
     _check_out(out, merged, "export")
     base = resolve(ModelSection(id=str(merged.absolute())))
     named = name or (out.parent.name if out.name == "artifact" else out.name)
@@ -349,8 +349,9 @@ def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
         overrides: `key=value`, in place of what the run's recipe says.
 
     Raises:
-        InputError: not a run, or one without a merged model; an override of nothing.
+        InputError: not a run, or one without a merged model; a target that does not quantize; an override of nothing.
     """
+    from edgetune.export.targets import target_of
     from edgetune.pipeline import Pipeline
     from edgetune.recipe_file import load
 
@@ -359,4 +360,10 @@ def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
     place = run if run.name else run.absolute()
     where = [f"runs_dir={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
     loaded = load(str(run / "recipe.json"), [f"export.heal.steps={steps}", *overrides, *where])
+    if target_of(loaded.recipe.export).quantization is None:
+        raise InputError(
+            f"{loaded.recipe.export.target} is no target of edgetune's own quantization, so there is nothing to heal",
+            where="export.target",
+            fix="name one that is: export.target=cpu-int4",
+        )
     return Pipeline(loaded).again("export", "verify")
