@@ -13,7 +13,8 @@ from edgetune.errors import InputError
 from edgetune.export.quantize import auto, auto_cost, auto_sensitivity
 from edgetune.export.quantize.auto import CANDIDATES, find, split
 from edgetune.export.quantize.auto_cost import Costs, Shape, products
-from edgetune.export.quantize.auto_sensitivity import as_read, measure
+from edgetune.export.quantize.auto_sensitivity import measure
+from edgetune.export.quantize.auto_trial import as_read, rounded_inputs
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import round_inputs
@@ -42,8 +43,10 @@ def _kld(folder: Path, names: list[str], grid: Grid, rows: list[Encoded]) -> flo
     total: list[torch.Tensor] = []
     with torch.inference_mode():
         for name in names:
-            weight = other.get_submodule(name).weight
-            weight.data = min_max(weight.data, grid).as_stored().dequantize()
+            module = other.get_submodule(name)
+            module.weight.data = min_max(module.weight.data, grid).as_stored().dequantize()
+            if name.startswith("model.layers"):
+                module.register_forward_pre_hook(lambda _, args: rounded_inputs(args[0], grid, 0))
         for row in rows:
             p, q = (one(torch.tensor([row.ids])).logits[0].log_softmax(-1) for one in (wanted, other))
             kld = (p.exp() * (p - q)).sum(-1)
@@ -94,9 +97,9 @@ def test_fewer_bits_cost_more_and_an_interrupted_measurement_goes_on(
 
 
 def test_inputs_are_rounded_as_they_are_read() -> None:
-    inputs = torch.randn(1, 140, 32, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 140)[:, None]
-    found = as_read(inputs, 100)[0]
-    pieces = [inputs[0, :64], inputs[0, 64:100], *(inputs[0, at : at + 1] for at in range(100, 140))]
+    inputs = torch.randn(1, 240, 32, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 240)[:, None]
+    found = as_read(inputs, 200)[0]
+    pieces = [inputs[0, :128], inputs[0, 128:200], *(inputs[0, at : at + 1] for at in range(200, 240))]
     assert torch.allclose(found, torch.cat([round_inputs(piece) for piece in pieces]), atol=1e-6)
     assert torch.equal(as_read(torch.zeros(1, 3, 4), 0), torch.zeros(1, 3, 4))
 

@@ -34,7 +34,7 @@ CANDIDATES = {
     "int8 activations": Grid(8, activations="int8"),
 }
 HEADS = ("int4 block 32", "int8")  # a lookup has no activations, and a head's few rows gain nothing by them
-_FORMAT = 1  # of what is kept
+_FORMAT = 2  # of what is kept
 _LONGEST = 256  # tokens of a held-out row
 _LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
 _SECONDS_A_CODE = 0.4e-6  # of GPTQ, a weight, on a core of 90 * 10^9 operations a second
@@ -214,8 +214,6 @@ def _costs(threads: int, model_bytes: int) -> Costs:
 
 def _say_time(config: dict[str, Any], held_out: Sequence[Encoded], calibration: Sequence[Encoded], kept: Path) -> None:
     """Say how long measuring takes, from the model's size and this processor's speed."""
-    from edgetune.runtime.hardware import gflops
-
     done = len(list(kept.glob("layer-*.json")))
     left = max(0, config["layers"] - done)
     if (kept / "ends.json").is_file():
@@ -226,13 +224,26 @@ def _say_time(config: dict[str, Any], held_out: Sequence[Encoded], calibration: 
     tried = 4 * len(CANDIDATES)
     each = 2 * (tokens * body * (left / 2 + 1) + places * head)
     work = left * tried * each + 2 * sum(len(row.ids) for row in calibration) * body * 2 * config["layers"]
-    speed = gflops()
+    speed = _gflops()
     seconds = work / speed / 1e9 + left * body * 2 * _SECONDS_A_CODE * 90 / speed
     again = f", {done} of {config['layers']} layers measured before" if done else ""
     progress.say(
         f"auto: measuring {left} layers takes about {progress.clock(seconds)} where nothing else runs{again}; "
         "interrupted, it goes on from where it was"
     )
+
+
+def _gflops() -> float:
+    """What torch multiplies here, 10^9 operations a second, by the processor's time: whatever else runs meanwhile."""
+    import torch
+
+    size, best = 1024, float("inf")
+    matrix = torch.ones(size, size)
+    for _ in range(3):
+        start = time.process_time()
+        matrix @ matrix
+        best = min(best, time.process_time() - start)
+    return 2 * size**3 / max(best, 1e-6) / 1e9 * torch.get_num_threads()
 
 
 def _choice(

@@ -31,7 +31,7 @@ class Option:
         grids: by the matrices' full names.
         kld: mean KL divergence that it alone brings, in nats.
         bytes: in the graph.
-        decode_s, prefill_s: seconds of a token when one is computed, and when 64 are computed at once.
+        decode_s, prefill_s: seconds of a token when one is computed, and when 128 are computed at once.
     """
 
     label: str

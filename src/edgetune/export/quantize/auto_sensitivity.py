@@ -19,21 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded
-from edgetune.export.quantize.calibrate import Layer, decoder_layers, embed, enter, fitted, head_hessian
-from edgetune.export.quantize.gptq import Factor, factor, gptq
-from edgetune.export.quantize.grid import Grid, Quantized
-from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan
+from edgetune.export.quantize.auto_trial import FLOAT, Change, Trial
+from edgetune.export.quantize.calibrate import decoder_layers, embed, enter, fitted, head_hessian
+from edgetune.export.quantize.gptq import factor, gptq
+from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.plan import EMBEDDING, HEAD
 from edgetune.export.quantize.rtn import min_max
-from edgetune.export.quantize.smooth import Group, divide, round_inputs, smooth
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 from edgetune.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
-
-_CHUNK = 64  # tokens of a prompt that the runtime reads at once
-_SAMPLE = 1_000  # tokens on which channel scales are chosen
-_FLOAT = Plan(Grid(8, 32), method="min_max")
 
 
 @dataclass
@@ -122,7 +118,7 @@ class _Walk:
 
     def start(self, rows: Sequence[Sequence[int]]) -> None:
         """Read what is not a layer, run all rows up to the first one, and the held-out ones to the end."""
-        self._calibration = embed(self._model, self._layers, self._weights, _FLOAT, rows, None)
+        self._calibration = embed(self._model, self._layers, self._weights, FLOAT, rows, None)
         self._fill_ends()
         self._states = enter(self._model, self._layers, self._ids)
         hidden = [one[None] for one in self._states.hidden]
@@ -136,13 +132,39 @@ class _Walk:
         self._weights.fill(self._layers[number], f"{self._prefix}.{number}")
         if file.is_file():
             self._take(read_json(file), states)
-            self._advance(number)
+            self._calibration.run(self._layers[number], number)
         else:
-            found = _Trial(self, number)
-            self.units += found.units
-            self._keep(file, states, found.units)
+            units = self._try(number)
+            self.units += units
+            self._keep(file, states, units)
         self._states.run(self._layers[number], number)
         empty(self._layers[number])
+
+    def _try(self, number: int) -> list[Measured]:
+        """Measure each group of a layer with each candidate; the calibration rows and all groups together go on."""
+        trial = Trial(
+            self._layers[number],
+            f"{self._prefix}.{number}",
+            number,
+            self._candidates,
+            self._calibration,
+            self._states,
+            [places[0] if places else 0 for places in self._places],
+            self._model.config,
+        )
+        units = [Measured(group.name, group.shapes) for group in trial.groups]
+        variants, owners = list[list["torch.Tensor"]](), list[tuple[Measured, str]]()
+        whole: dict[str, list[Change]] = {name: [] for name in self._candidates}
+        for unit, group in zip(units, trial.groups, strict=True):
+            for label, change in trial.changes(group).items():
+                whole[label].append(change)
+                variants.append(trial.run([change], self._states.hidden))
+                owners.append((unit, label))
+        for label, changes in whole.items():
+            self._together[label] = trial.run(changes, self._together[label])
+        for (unit, label), kld in zip(owners, self._divergences(variants, number + 1), strict=True):
+            unit.kld[label] = kld
+        return units
 
     def ends(self, heads: Sequence[str]) -> None:
         """Measure the head and the embedding, and all groups of the layers together."""
@@ -159,7 +181,7 @@ class _Walk:
         self.units += units
         write_json(file, {"units": [vars(one) for one in units], "together": self.together})
 
-    def divergences(self, variants: Sequence[Sequence[torch.Tensor]], number: int) -> list[float]:
+    def _divergences(self, variants: Sequence[Sequence[torch.Tensor]], number: int) -> list[float]:
         """Mean KL divergence of each variant, given its hidden states by row, before a layer."""
         import torch
 
@@ -169,10 +191,6 @@ class _Walk:
             for at, one in enumerate(out):
                 klds[at].append(self._kld(row, one))
         return [self._mean(one) for one in klds]
-
-    def _advance(self, number: int) -> None:
-        """Run the calibration rows through a float layer."""
-        self._calibration.run(self._layers[number], number)
 
     def _through(self, hidden: list[torch.Tensor], number: int) -> Iterator[torch.Tensor]:
         """Send variants (variants, 1, tokens, channels) of each row through the float layers from one on."""
@@ -259,7 +277,7 @@ class _Walk:
                     found = min_max(own.weight, grid)
                 with self._instead([embedding, head] if self._tied else [own], found.as_stored().dequantize()):
                     states = enter(model, self._layers, self._ids).hidden
-                    unit.kld[label] = self.divergences([states], 0)[0]
+                    unit.kld[label] = self._divergences([states], 0)[0]
         return units
 
     @contextlib.contextmanager
@@ -272,168 +290,6 @@ class _Walk:
         yield
         for module in modules:
             module.weight = own
-
-
-class _Trial:
-    """All candidates for all groups of one decoder layer, whose float weights are in memory."""
-
-    def __init__(self, walk: _Walk, number: int) -> None:
-        self._walk, self._number, self._layer = walk, number, walk._layers[number]
-        self._job = Layer(
-            self._layer, f"{walk._prefix}.{number}", number, _FLOAT, walk._calibration, walk._model.config
-        )
-        self._groups = self._job.groups()
-        self._hessians = self._observe()
-        self._kept = dict(self._layer.named_parameters())
-        self.units: list[Measured] = []
-        variants, owners = list[list["torch.Tensor"]](), list[tuple[Measured, str]]()
-        choices: dict[str, list[_Change]] = {name: [] for name in walk._candidates}
-        for group in self._groups:
-            unit = self._unit(group)
-            self.units.append(unit)
-            for label, changes in self._changes(group).items():
-                choices[label].append(changes)
-                variants.append(self._run([changes], walk._states.hidden))
-                owners.append((unit, label))
-            self._hessians.pop(group.paths[0])
-            group.inputs = []
-        for label, whole in choices.items():
-            walk._together[label] = self._run(whole, walk._together[label])
-        for (unit, label), kld in zip(owners, walk.divergences(variants, number + 1), strict=True):
-            unit.kld[label] = kld
-
-    def _unit(self, group: Group) -> Measured:
-        parts = [(name, weight) for path in group.paths for name, weight in self._job.parts(path)]
-        last = "+".join(name.rpartition(".")[2] for name, _ in parts)
-        name = f"{self._walk._prefix}.{self._number} {last}"
-        return Measured(name, {part: (weight.shape[0], weight.shape[1]) for part, weight in parts})
-
-    def _observe(self) -> dict[str, torch.Tensor]:
-        """Run the calibration rows through the layer once: X^T X of each group's inputs by its first path, their peaks and
-        a sample of them."""
-        import torch
-
-        hessians: dict[str, torch.Tensor] = {}
-        hooks = []
-        for group in self._groups:
-            linear = self._layer.get_submodule(group.paths[0])
-            total = hessians[group.paths[0]] = torch.zeros(linear.in_features, linear.in_features)
-            group.peaks = torch.zeros(linear.in_features)
-
-            def hook(_: Any, args: tuple[Any, ...], group: Group = group, total: torch.Tensor = total) -> None:
-                inputs = args[0].flatten(0, -2)
-                total.addmm_(inputs.T, inputs)
-                torch.maximum(group.peaks, inputs.abs().amax(0), out=group.peaks)
-                if sum(map(len, group.inputs)) < _SAMPLE:
-                    group.inputs.append(inputs.clone())
-
-            hooks.append(linear.register_forward_pre_hook(hook))
-        self._walk._advance(self._number)
-        for one in hooks:
-            one.remove()
-        return hessians
-
-    def _changes(self, group: Group) -> dict[str, _Change]:
-        """What each candidate changes."""
-        found: dict[str, _Change] = {}
-        factors: dict[int, Factor] = {}
-        for label, grid in self._walk._candidates.items():
-            scales = None
-            if grid.activations == "int8":
-                self._own([*group.paths, *([group.maker] if group.maker else [])])
-                _, scales = smooth(self._layer, group)
-            weights = {}
-            for path in group.paths:
-                weights[path] = [
-                    self._quantized(group, part, one, grid, factors) for part, one in self._job.parts(path)
-                ]
-            found[label] = _Change(group, weights, scales, grid.activations == "int8")
-            self._restore()
-        return found
-
-    def _quantized(
-        self, group: Group, name: str, weight: torch.Tensor, grid: Grid, factors: dict[int, Factor]
-    ) -> Quantized:
-        grid = fitted(name, grid, weight.shape[1])
-        if grid.bits == 8:
-            return min_max(weight, grid).as_stored()
-        if grid.block_size not in factors:
-            factors[grid.block_size] = factor(self._hessians[group.paths[0]], grid.block_size)
-        return gptq(weight, factors[grid.block_size], grid).as_stored()
-
-    def _run(self, changes: Sequence[_Change], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The layer's outputs with these changes, by row."""
-        import torch
-
-        hooks, prompts = [], [places[0] if places else 0 for places in self._walk._places]
-        row = 0
-        for change in changes:
-            for path, parts in change.weights.items():
-                weight = torch.cat([one.dequantize() for one in parts])
-                self._layer.get_submodule(path).weight = torch.nn.Parameter(weight, requires_grad=False)
-                if change.rounds:
-
-                    def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                        return (as_read(args[0], prompts[row]), *args[1:])
-
-                    hooks.append(self._layer.get_submodule(path).register_forward_pre_hook(hook))
-            if change.scales is not None and change.group.maker is not None:
-                self._own([change.group.maker])
-                divide(self._layer.get_submodule(change.group.maker), change.scales)
-        found = []
-        for row, one in enumerate(hidden):
-            out = self._layer(one, **self._walk._states.extra[row][self._number])
-            found.append(out[0] if isinstance(out, tuple) else out)
-        for one in hooks:
-            one.remove()
-        self._restore()
-        return found
-
-    def _own(self, paths: Sequence[str]) -> None:
-        """Give modules copies of their weights, to be changed in place."""
-        import torch
-
-        for path in paths:
-            module = self._layer.get_submodule(path)
-            for name, one in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(one.clone(), requires_grad=False))
-
-    def _restore(self) -> None:
-        for name, value in self._kept.items():
-            owner, _, last = name.rpartition(".")
-            setattr(self._layer.get_submodule(owner), last, value)
-
-
-@dataclass
-class _Change:
-    """A group on a candidate.
-
-    Attributes:
-        weights: the parts of each linear layer, by its path.
-        scales: what the inputs' channels are divided by, or None.
-        rounds: whether inputs are rounded to 8 bits.
-    """
-
-    group: Group
-    weights: dict[str, list[Quantized]]
-    scales: torch.Tensor | None
-    rounds: bool
-
-
-def as_read(inputs: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Inputs (1, tokens, channels) rounded to 8 bits as at run time: a prompt 64 tokens at a time, then token by token."""
-    import torch
-
-    flat = inputs.flatten(0, -2)
-    parts = [round_inputs(part) for part in flat[:prompt].split(_CHUNK)] if prompt else []
-    rest = flat[prompt:]
-    if len(rest):
-        low, high = rest.amin(-1, keepdim=True).clamp(max=0), rest.amax(-1, keepdim=True).clamp(min=0)
-        scale = (high - low) / 255
-        scale[scale == 0] = 1
-        zero = (-low / scale).round()
-        parts.append(((rest / scale).round_() + zero).clamp_(0, 255).sub_(zero).mul_(scale))
-    return torch.cat(parts).view_as(inputs)
 
 
 def _measured(one: dict[str, Any]) -> Measured:
