@@ -308,8 +308,12 @@ def _unpruned(file: Path) -> bytes | None:
     What is computed for a position is the same. None where the graph is not pruned.
     """
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    graph = onnx.load(file, load_external_data=False)
+    try:
+        graph = onnx.load(file, load_external_data=False)
+    except DecodeError:  # ONNX Runtime says what is wrong with it
+        return None
     nodes = {node.name: node for node in graph.graph.node}
     chosen, shaped = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
     if chosen is None or shaped is None:
