@@ -112,7 +112,7 @@ class AutoSection(Section):
         "keeps it; beside others: the artifact with the least divergence that keeps them all.",
     )
     tokens: int = Field(
-        256, ge=16, description="Tokens with loss, of the last training rows, that layers are measured on."
+        384, ge=16, description="Tokens with loss, of the last training rows, that layers are measured on."
     )
     points: str | None = Field(
         None, description="JSON list of measured points of other artifacts, which the plot then shows."

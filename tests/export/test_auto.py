@@ -14,7 +14,7 @@ from edgetune.export.quantize import auto, auto_cost, auto_sensitivity
 from edgetune.export.quantize.auto import CANDIDATES, find, split
 from edgetune.export.quantize.auto_cost import Costs, Shape, products
 from edgetune.export.quantize.auto_sensitivity import measure
-from edgetune.export.quantize.auto_trial import as_read, rounded_inputs
+from edgetune.export.quantize.auto_trial import rounded_inputs
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import round_inputs
@@ -46,7 +46,7 @@ def _kld(folder: Path, names: list[str], grid: Grid, rows: list[Encoded]) -> flo
             module = other.get_submodule(name)
             module.weight.data = min_max(module.weight.data, grid).as_stored().dequantize()
             if name.startswith("model.layers"):
-                module.register_forward_pre_hook(lambda _, args: rounded_inputs(args[0], grid, 0))
+                module.register_forward_pre_hook(lambda _, args: rounded_inputs(args[0], grid))
         for row in rows:
             p, q = (one(torch.tensor([row.ids])).logits[0].log_softmax(-1) for one in (wanted, other))
             kld = (p.exp() * (p - q)).sum(-1)
@@ -96,12 +96,13 @@ def test_fewer_bits_cost_more_and_an_interrupted_measurement_goes_on(
     assert again.together == first.together
 
 
-def test_inputs_are_rounded_as_they_are_read() -> None:
-    inputs = torch.randn(1, 240, 32, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, 240)[:, None]
-    found = as_read(inputs, 200)[0]
-    pieces = [inputs[0, :128], inputs[0, 128:200], *(inputs[0, at : at + 1] for at in range(200, 240))]
-    assert torch.allclose(found, torch.cat([round_inputs(piece) for piece in pieces]), atol=1e-6)
-    assert torch.equal(as_read(torch.zeros(1, 3, 4), 0), torch.zeros(1, 3, 4))
+def test_inputs_are_rounded_as_the_kernels_round_them() -> None:
+    inputs = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(rounded_inputs(inputs, CANDIDATES["int8 activations"]), round_inputs(inputs))
+    found = rounded_inputs(inputs, CANDIDATES["int4 block 32"])
+    steps = inputs.unflatten(-1, (2, 32)).abs().amax(-1).repeat_interleave(32, -1) / 127
+    assert ((found - inputs).abs() <= 0.501 * steps).all()
+    assert torch.equal(rounded_inputs(torch.zeros(1, 3, 32), Grid(4, 32)), torch.zeros(1, 3, 32))
 
 
 def test_the_plan_names_every_matrix_and_the_report_tells_of_it(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ limits, or a run that was interrupted, go on from there.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ CANDIDATES = {
     "int8 activations": Grid(8, activations="int8"),
 }
 HEADS = ("int4 block 32", "int8")  # a lookup has no activations, and a head's few rows gain nothing by them
-_FORMAT = 2  # of what is kept
-_LONGEST = 256  # tokens of a held-out row
+_FORMAT = 3  # of what is kept
+_LONGEST = 128  # tokens of a held-out row: rows differ more than the places in one
 _LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
 _SECONDS_A_CODE = 0.4e-6  # of GPTQ, a weight, on a core of 90 * 10^9 operations a second
 _FILES_A_LAYER = 8_000  # bytes of a graph
@@ -155,7 +156,7 @@ def _candidates() -> dict[str, Grid]:
 
 def split(rows: Sequence[Encoded], tokens: int) -> tuple[Sequence[Encoded], list[Encoded]]:
     """Training rows to calibrate on, and the last ones to measure on: as many as have so many tokens with loss, a quarter
-    of all at most, each cut to 256 tokens.
+    of all at most, each cut to 128 tokens.
 
     Raises:
         InputError: these have no tokens with loss.
@@ -288,7 +289,8 @@ def _bytes(unit: Measured, grid: Grid) -> int:
 
 def _rest(config: dict[str, Any], merged: Path, context: int, costs: Costs) -> Rest:
     shape: Shape = config["shape"]
-    files = sum((merged / name).stat().st_size for name in ("tokenizer.json",) if (merged / name).is_file())
+    words = read_json(merged / "tokenizer.json") if (merged / "tokenizer.json").is_file() else {}
+    files = len(json.dumps(words, ensure_ascii=False, separators=(",", ":")).encode())  # as the export writes it
     angles = 4 * context * shape.head_size  # cosines and sines of half a head
     floats = 4 * shape.hidden * (2 * shape.layers + 1)
     size = files + angles + floats + _FILES_A_LAYER * (shape.layers + 1)

@@ -86,11 +86,12 @@ def measure(
     layers, prefix = decoder_layers(model)
     with torch.inference_mode(), Weights(merged) as weights:
         walk = _Walk(model, layers, prefix, weights, candidates, held_out, kept)
-        with progress.task("measure what each layer bears", len(layers) + 2) as bar:
+        steps = [len(layers) - number + 2 for number in range(len(layers))]  # trials go through all layers that follow
+        with progress.task("measure what each layer bears", sum(steps) + len(layers)) as bar:
             walk.start(rows)
-            for number in range(len(layers)):
+            for number, step in enumerate(steps):
                 walk.layer(number)
-                bar.advance(1)
+                bar.advance(step)
             walk.ends(heads)
     return Sensitivity(walk.units, walk.together)
 
@@ -149,7 +150,6 @@ class _Walk:
             self._candidates,
             self._calibration,
             self._states,
-            [places[0] if places else 0 for places in self._places],
             self._model.config,
         )
         units = [Measured(group.name, group.shapes) for group in trial.groups]

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgetune.export.quantize.auto_cost import MANY
 from edgetune.export.quantize.calibrate import Layer, States, fitted
 from edgetune.export.quantize.gptq import Factor, factor, gptq
 from edgetune.export.quantize.grid import Grid, Quantized
@@ -64,7 +63,6 @@ class Trial:
         candidates: grids by name.
         calibration: states of the calibration rows before the layer; after it, once this is made.
         states: of the held-out rows, before the layer.
-        prompts: tokens of each held-out row that are its prompt.
         config: the transformers configuration.
     """
 
@@ -76,11 +74,10 @@ class Trial:
         candidates: Mapping[str, Grid],
         calibration: States,
         states: States,
-        prompts: Sequence[int],
         config: Any,
     ) -> None:
         self._layer, self._number, self._candidates = layer, number, candidates
-        self._states, self._prompts = states, prompts
+        self._states = states
         self._job = Layer(layer, name, number, FLOAT, calibration, config)
         self._kept = dict(layer.named_parameters())
         self.groups = [self._parts(name, group) for group in self._job.groups()]
@@ -149,7 +146,6 @@ class Trial:
         import torch
 
         hooks = []
-        row = 0
         for change in changes:
             for path, parts in change.weights.items():
                 weight = torch.cat([one.dequantize() for one in parts])
@@ -157,7 +153,7 @@ class Trial:
                 grid = parts[0].grid
 
                 def hook(_: Any, args: tuple[Any, ...], grid: Grid = grid) -> tuple[Any, ...]:
-                    return (rounded_inputs(args[0], grid, self._prompts[row]), *args[1:])
+                    return (rounded_inputs(args[0], grid), *args[1:])
 
                 hooks.append(self._layer.get_submodule(path).register_forward_pre_hook(hook))
             if change.scales is not None and change.group.maker is not None:
@@ -187,29 +183,13 @@ class Trial:
             setattr(self._layer.get_submodule(owner), last, value)
 
 
-def rounded_inputs(inputs: torch.Tensor, grid: Grid, prompt: int) -> torch.Tensor:
-    """Inputs (1, tokens, channels) as the grid's kernel rounds them.
+def rounded_inputs(inputs: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Inputs (1, tokens, channels) as the grid's kernel rounds them where a row is read as a whole, as the gate reads it.
 
     `MatMulNBits`, at the builder's accuracy level 4, has a scale for each block of each token and symmetric codes.
     """
     if grid.activations == "int8":
-        return as_read(inputs, prompt)
+        return round_inputs(inputs)
     blocks = inputs.unflatten(-1, (-1, grid.block_size))
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (blocks / scale).round_().mul_(scale).flatten(-2)
-
-
-def as_read(inputs: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Inputs (1, tokens, channels) rounded to 8 bits as at run time: a prompt 128 tokens at a time, then token by token."""
-    import torch
-
-    flat = inputs.flatten(0, -2)
-    parts = [round_inputs(part) for part in flat[:prompt].split(MANY)] if prompt else []
-    rest = flat[prompt:]
-    if len(rest):
-        low, high = rest.amin(-1, keepdim=True).clamp(max=0), rest.amax(-1, keepdim=True).clamp(min=0)
-        scale = (high - low) / 255
-        scale[scale == 0] = 1
-        zero = (-low / scale).round()
-        parts.append(((rest / scale).round_() + zero).clamp_(0, 255).sub_(zero).mul_(scale))
-    return torch.cat(parts).view_as(inputs)
