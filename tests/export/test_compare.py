@@ -66,8 +66,8 @@ def test_reports_of_runs(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: 
 
 
 def test_what_does_not_compare_is_said_and_what_is_of_another_artifact_is_not_taken(
-    tiny_artifact: Path,
-    tmp_path: Path,  # noqa: F811
+    tiny_artifact: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     one, other = _run(tiny_artifact, tmp_path, 0.01, 90.0), _run(tiny_artifact, tmp_path, 0.2, 80.0, rows=5)
     assert compare([one, other])["notes"] == ["KL divergence does not compare: the rows differ"]
@@ -103,10 +103,10 @@ def test_the_plot_takes_what_is_known(tmp_path: Path) -> None:
 
 
 def test_measured_now_with_one_that_does_not_load(
-    tiny_artifact: Path,
+    tiny_artifact: Path,  # noqa: F811
     tiny_model: Path,
     tiny_rows: list[dict[str, Any]],
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     builder, broken = copy_of(tiny_artifact, tmp_path / "a"), copy_of(tiny_artifact, tmp_path / "b")
     for folder in (builder, broken):

@@ -14,6 +14,7 @@ import pytest
 from edgetune.errors import InputError
 from edgetune.export.decoder import export_decoder
 from edgetune.export.kv_cache import write_scales
+from edgetune.export.quantized import Examples
 from edgetune.export.readers import Graph, Weights
 from edgetune.export.targets import Target, load_target
 
@@ -45,7 +46,7 @@ def test_it_says_what_the_float_cache_says(tiny_model: Path, tmp_path: Path) -> 
     artifact, report = tmp_path / "artifact", tmp_path / "report"
     artifact.mkdir()
     report.mkdir()
-    export_decoder(tiny_model, target, 128, artifact=artifact, report=report, name="tiny", rows=rows())
+    export_decoder(tiny_model, target, 128, artifact=artifact, report=report, name="tiny", examples=Examples(rows()))
     graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
     types = {value.type.tensor_type.elem_type for value in graph.input if value.name.startswith("past_key_values")}
     assert types == {onnx.TensorProto.INT8}

@@ -143,8 +143,8 @@ def test_the_first_code_lies_in_the_low_half() -> None:
 )
 def test_size_counts_what_a_node_stores(grid: Grid) -> None:
     made = min_max(_matrix(6, 200, 0), grid)
-    zeros = made.packed_zeros()
-    stored = made.packed_codes().numel() + 4 * made.scales.numel() + (0 if zeros is None else zeros.numel())
+    zeros, wide = made.packed_zeros(), 2 if grid.bits == 4 else 4  # bytes of a scale
+    stored = made.packed_codes().numel() + wide * made.scales.numel() + (0 if zeros is None else zeros.numel())
     assert grid.size(6, 200) == stored
 
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import edgetune
 from edgetune.errors import InputError
 from edgetune.export.package import export
+from edgetune.export.quantized import Examples
 from edgetune.export.targets import load_target
 from edgetune.run import Work
 from edgetune.runtime.artifact import open_artifact
@@ -38,7 +39,7 @@ def exported(model: Path, folder: Path, name: str) -> tuple[Path, dict[str, Any]
     base = {"id": "tiny", "source": "folder", "revision": None, "license": None, "upstream": None, "sha256": "0"}
     work = Work("export", {}, {"target": target.options_of_work()})
     found = export(
-        model, target, 128, name="tiny", chain={"base": base}, work=work, rows=rows, trust_remote_code=False,
+        model, target, 128, name="tiny", chain={"base": base}, work=work, examples=Examples(rows), trust_remote_code=False,
         artifact=artifact, report=report,
     )  # fmt: skip
     return artifact, found

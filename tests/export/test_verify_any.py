@@ -123,10 +123,10 @@ def test_a_builders_folder_against_a_folder(
 
 
 def test_weights_against_weights_and_a_graph_as_reference(
-    tiny_artifact: Path,
+    tiny_artifact: Path,  # noqa: F811
     tiny_model: Path,
     other_model: Path,
-    rows: Path,  # noqa: F811
+    rows: Path,
 ) -> None:
     weights = verify_artifact(other_model, tiny_model, rows, 8, {}, None)
     graph = verify_artifact(other_model, tiny_artifact, rows, 8, {}, None)
@@ -296,10 +296,10 @@ def test_what_is_no_model_is_refused(foreign: Path, tiny_model: Path, rows: Path
 
 
 def test_a_changed_artifact_of_edgetunes_own_is_refused(
-    tiny_artifact: Path,
+    tiny_artifact: Path,  # noqa: F811
     tiny_model: Path,
     rows: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     changed = copy_of(tiny_artifact, tmp_path)
     (changed / "README.md").write_text("changed")

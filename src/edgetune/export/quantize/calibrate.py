@@ -88,10 +88,14 @@ def quantize_model(
 
 def decoder_layers(model: Any) -> tuple[Any, str]:
     """The list of decoder layers of a transformers model, and its name. Raises InputError when there is none."""
-    for name, module in model.base_model.named_children():
-        if name in ("layers", "h") and len(module):
-            return module, f"{model.base_model_prefix}.{name}"
-    raise InputError(f"{type(model).__name__} has no decoder layers that are known", fix="choose another model")
+    layers = getattr(model.base_model, "layers", None)
+    if model.base_model_prefix == "model" and layers and hasattr(model.base_model, "embed_tokens"):
+        return layers, "model.layers"
+    raise InputError(
+        f"cannot export this model: how {type(model).__name__} is built is not known",
+        where="export",
+        fix="choose a model of the Llama, Qwen, Phi, Gemma or a like family; or --target cpu-fp32, if the builder knows it",
+    )
 
 
 class States:

@@ -252,6 +252,7 @@ def install(model: Any, found: dict[str, Quantized], rank: int, seed: int, where
             draw = torch.Generator().manual_seed(seed + 8 * number + index)
             made[name] = Matrix(found[name], weight, rank, draw)
         _become(module, GridLinear, [made[name] for name, _ in parts])
+        assert isinstance(module, GridLinear)
         module.weight = torch.nn.Parameter(torch.empty_like(module.weight.data), requires_grad=False)
         module.where = where
         module.int8_inputs = any(found[name].grid.activations == "int8" for name, _ in parts)
