@@ -241,6 +241,7 @@ def test_the_plot_takes_values_of_any_kind(project: Path) -> None:
     assert (project / "plot.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_with_the_same_command(project: Path) -> None:
     """kill -9 while the second point trains: the first is kept, the second goes on, and all is as if nothing happened."""
     items = ["train.rank=2,4", "train.max_steps=16", "train.evaluations=8"]

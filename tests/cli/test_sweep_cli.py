@@ -22,6 +22,7 @@ def project(tmp_path: Path, tiny_model: Path, tiny_rows: list[dict[str, Any]]) -
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_the_plan_to_the_merged_best(project: Path) -> None:
     planned = edgetune("sweep", "tiny.yaml", "train.rank=2,4", "--dry-run", cwd=project)
     assert planned.returncode == 0, planned.stderr

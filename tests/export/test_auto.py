@@ -105,6 +105,7 @@ def test_inputs_are_rounded_as_the_kernels_round_them() -> None:
     assert torch.equal(rounded_inputs(torch.zeros(1, 3, 32), Grid(4, 32)), torch.zeros(1, 3, 32))
 
 
+@pytest.mark.slow
 def test_the_plan_names_every_matrix_and_the_report_tells_of_it(tiny_model: Path, tmp_path: Path) -> None:
     rows, held_out = split(_rows(), 100)
     found = find(tiny_model, AutoSection(kld_mean=0.02), rows, held_out, 128, tmp_path)
