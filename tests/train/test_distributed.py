@@ -216,6 +216,7 @@ def _goes_on(place: Path, engine: str, processes: int) -> None:
             assert row["loss"] == pytest.approx(wanted[row["step"]], abs=1e-4), row["step"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_others_go_on(place: Path) -> None:
     pytest.importorskip("deepspeed")
     _goes_on(place, "zero3", 1)

@@ -98,6 +98,7 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_checkpoint(project: Path) -> None:
     done = edgetune("run", "tiny.yaml", "name=whole", "--until", "train", cwd=project)
     assert done.returncode == 0, done.stderr

@@ -133,6 +133,7 @@ def test_the_other_base_only_with_its_loss_and_only_for_qlora(base: Base, tmp_pa
             merged(base, trained(base, tmp_path / kind, kind), tmp_path / f"m-{kind}", "full-precision")
 
 
+@pytest.mark.slow
 def test_alone_with_examples_of_ones_own(base: Base, tmp_path: Path, tiny_rows: list[Any]) -> None:
     adapter, data = trained(base, tmp_path / "t", "qlora"), write_jsonl(tmp_path / "rows.jsonl", tiny_rows)
     refused = edgetune("merge", adapter, "--onto", "full-precision", "--out", tmp_path / "out")
