@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,3 +165,20 @@ def edgetune(
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture
+def other_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with other weights."""
+    import torch
+
+    from edgetune.models import load_model
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    model = load_model(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "mlp" in name:
+                weight.mul_(1.3)
+    model.save_pretrained(folder)
+    return folder

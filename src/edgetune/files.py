@@ -85,6 +85,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """The path of a new file that takes `final`'s place, whole, when the block ends well, and vanishes when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(final)
+    try:
+        yield temporary
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A new folder that takes `final`'s place, whole, when the block ends well, and vanishes when it does not."""
     final.parent.mkdir(parents=True, exist_ok=True)

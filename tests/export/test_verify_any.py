@@ -31,23 +31,6 @@ def foreign(tiny_artifact: Path, tmp_path: Path) -> Path:  # noqa: F811
     return folder
 
 
-@pytest.fixture
-def other_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model with other weights."""
-    import torch
-
-    from edgetune.models import load_model
-
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "other"))
-    model = load_model(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "mlp" in name:
-                weight.mul_(1.3)
-    model.save_pretrained(folder)
-    return folder
-
-
 def _graph(folder: Path, change: Callable[[Any], None]) -> None:
     """Change the graph in a folder; its weights stay where they are."""
     import onnx

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,7 +26,7 @@ from edgetune.deploy.members import (
 )
 from edgetune.deploy.sbom import sbom
 from edgetune.errors import InputError
-from edgetune.files import TMP_PREFIX, require_space, sha256_file, staged_folder
+from edgetune.files import require_space, sha256_file, staged_file, staged_folder
 from edgetune.leases import lease
 from edgetune.run import FORMAT, read_manifest
 
@@ -98,7 +95,7 @@ def package(artifact: Path, kind: Kind, out: Path | None = None) -> dict[str, An
         total = sum(file.bytes for file in files)
         require_space(final, total + _HEADERS * (len(files) + 10), "the package")
         digest = None
-        with _staged_file(final) as staged:
+        with staged_file(final) as staged:
             with staged.open("wb") as file, progress.task("package", total) as bar:
                 if kind == "zip":
                     zipped.write(file, root, files, bar)
@@ -134,19 +131,6 @@ def _check_out(out: Path, artifact: Path) -> None:
         except InputError as error:
             fix = "remove it, or choose another name: --out FILE"
             raise InputError("exists, and is no package of edgetune's", where=out, fix=fix) from error
-
-
-@contextlib.contextmanager
-def _staged_file(final: Path) -> Iterator[Path]:
-    """The path of a new file that takes `final`'s place, whole, when the block ends well, and vanishes when it does not."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f"{TMP_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        yield temporary
-        temporary.replace(final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.export.quantize.grid import Grid, Quantized
-from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, parts_of
+from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, part_names, parts_of
 from edgetune.export.quantize.weights import Weights
 from edgetune.files import write_json
 
@@ -61,7 +61,7 @@ class Checkpoint:
             return
         if found.grid.activations == "int8":
             columns = found.codes.shape[1]
-            stored = stored_grid(columns)
+            stored = Plan.spare(columns)
             found = Quantized(stored, found.codes, found.scales.expand(-1, stored.blocks(columns)))
         self._waiting[f"{name}.qweight"] = found.packed_codes().flatten(1).contiguous()
         self._waiting[f"{name}.scales"] = found.scales.contiguous()
@@ -94,6 +94,8 @@ class Checkpoint:
                 owner, _, last = name.rpartition(".")
                 if owner in (EMBEDDING, HEAD) and last == "weight":
                     continue  # the head is quantized; a tied one may lie there under either name
+                if all(f"{part}.q{last}" in self._written for part in part_names(owner)):
+                    continue  # nothing of it is left to read
                 tensor = self._floats[name] if name in self._floats else weights.get(name)
                 for part, piece in parts_of(owner, tensor, config):
                     if f"{part}.q{last}" not in self._written:
@@ -135,7 +137,7 @@ class Checkpoint:
         config = json.loads(path.read_text(encoding="utf-8"))
         overrides = {}
         for name, kept in self._grids.items():
-            grid = stored_grid(self._columns[name]) if kept.activations == "int8" else kept
+            grid = Plan.spare(self._columns[name]) if kept.activations == "int8" else kept
             other = {}
             if grid.bits != default.bits:
                 other["bits"] = grid.bits
@@ -151,8 +153,3 @@ class Checkpoint:
             "overrides": overrides,
         }
         write_json(path, config)
-
-
-def stored_grid(columns: int) -> Grid:
-    """How a matrix with int8 activations lies in the checkpoint: 8 bits, in the largest blocks that divide it."""
-    return Plan.spare(columns)

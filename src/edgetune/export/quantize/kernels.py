@@ -56,8 +56,9 @@ def put_kernels(graph: ir.Graph, graph_file: Path, int8: Iterable[str]) -> None:
         if len(ups) == 1:
             _join_gate(graph, [gate, ups[0]])
             joined |= {gate, ups[0]}
-    for node in rounded - joined:
-        _replace(graph, [node], node.outputs[0], True)
+    for node in nodes:  # in the graph's order, so that the same model gives the same files
+        if node in rounded and node not in joined:
+            _replace(graph, [node], node.outputs[0], True)
 
 
 def halve_scales(graph: ir.Graph) -> None:
@@ -133,9 +134,8 @@ def _join_gate(graph: ir.Graph, parts: list[ir.Node]) -> None:
     import onnx_ir as ir
 
     outs = [node.outputs[0] for node in parts]
-    rows = [node.attributes["N"].as_int() for node in parts]
     name = (parts[0].name or "").replace("/gate_proj/MatMulNBits", "/gate_up_proj")
-    shape = [*(outs[0].shape or [])[:-1], sum(rows)]
+    shape = [*(outs[0].shape or [])[:-1], sum(_rows_of(parts))]
     both = ir.Value(name=f"{name}/output_0", type=outs[0].type, shape=ir.Shape(shape))
     halves = [
         ir.Value(name=f"{name}/{half}", type=out.type, shape=out.shape)
@@ -154,7 +154,7 @@ def _join_attention(graph: ir.Graph, attention: ir.Node, parts: list[ir.Node], i
 
     name = f"{(parts[0].name or '').rpartition('/q_proj')[0]}/qkv_proj"
     queries = parts[0].outputs[0]
-    shape = [*(queries.shape or [])[:-1], sum(node.attributes["N"].as_int() for node in parts)]
+    shape = [*(queries.shape or [])[:-1], sum(_rows_of(parts))]
     packed = ir.Value(name=f"{name}/output_0", type=queries.type, shape=ir.Shape(shape))
     attention.replace_input_with(0, packed)
     attention.replace_input_with(1, None)
@@ -171,7 +171,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], out: ir.Value, int8: bool, b
     own = "DynamicQuantizeMatMul" if int8 else "MatMulNBits"
     attributes = {} if int8 else dict(first.attributes)
     if not int8:
-        attributes["N"] = ir.AttrInt64("N", sum(node.attributes["N"].as_int() for node in nodes))
+        attributes["N"] = ir.AttrInt64("N", sum(_rows_of(nodes)))
     made = out if out.producer() is None else ir.Value(name=f"{first.name}.{own}", type=out.type, shape=out.shape)
     node = ir.Node(
         DOMAIN,
@@ -189,6 +189,10 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], out: ir.Value, int8: bool, b
         graph.remove(old, safe=True)
         for value in stored:
             del graph.initializers[value.name or ""]
+
+
+def _rows_of(nodes: list[ir.Node]) -> list[int]:
+    return [node.attributes["N"].as_int() for node in nodes]
 
 
 def _stored(node: ir.Node, at: int) -> Any:
@@ -224,7 +228,7 @@ def _int8(nodes: list[ir.Node]) -> list[Any]:
     import onnx_ir as ir
 
     columns = nodes[0].attributes["K"].as_int()
-    counts = [node.attributes["N"].as_int() for node in nodes]
+    counts = _rows_of(nodes)
     sources = [_stored(node, 1) for node in nodes]
 
     def turned() -> ir.TensorProtocol:

@@ -52,6 +52,15 @@ class Plan:
         return Grid(8, 32) if found.activations == "int8" and name in (EMBEDDING, HEAD) else found
 
 
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def part_names(name: str) -> list[str]:
+    """The names of the parts of a fused matrix; the name itself for any other."""
+    owner, _, last = name.rpartition(".")
+    return [f"{owner}.{part}" for part in _FUSED[last]] if last in _FUSED else [name]
+
+
 def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
     """A fused matrix (rows, columns) or its bias (rows,) as the parts that the graph computes one by one.
 
@@ -63,13 +72,13 @@ def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, to
         Names and views of the parts; any other matrix as it is.
     """
     config = config.get_text_config()
-    owner, _, last = name.rpartition(".")
+    last = name.rpartition(".")[2]
     if last == "qkv_proj":
         heads, own = config.num_attention_heads, config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        names, rows = ["q_proj", "k_proj", "v_proj"], [heads * size, own * size, own * size]
+        rows = [heads * size, own * size, own * size]
     elif last == "gate_up_proj":
-        names, rows = ["gate_proj", "up_proj"], [tensor.shape[0] // 2] * 2
+        rows = [tensor.shape[0] // 2] * 2
     else:
         return [(name, tensor)]
-    return [(f"{owner}.{part}", piece) for part, piece in zip(names, tensor.split(rows), strict=True)]
+    return list(zip(part_names(name), tensor.split(rows), strict=True))
