@@ -36,6 +36,13 @@ def copy_of(artifact: Path, folder: Path) -> Path:
     return Path(shutil.copytree(artifact, folder / "copy"))
 
 
+def widen(artifact: Path, tokens: int = 512) -> None:
+    """Give a copy another context, up to the tiny model's 512 tokens; to be sealed afterwards."""
+    config = json.loads((artifact / "genai_config.json").read_text())
+    config["search"]["max_length"] = tokens
+    (artifact / "genai_config.json").write_text(json.dumps(config))
+
+
 def seal(artifact: Path, **extra: Any) -> None:
     """Write the manifest of what lies in the folder now."""
     (artifact / "manifest.json").unlink(missing_ok=True)

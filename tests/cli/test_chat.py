@@ -40,7 +40,9 @@ class Slow:
     def encode(self, text: str) -> list[int]:
         return [0] * len(text.split())
 
-    def stream(self, messages: Any, options: GenerationOptions, cancel: threading.Event) -> Iterator[Piece]:
+    def stream(
+        self, messages: Any, options: GenerationOptions, cancel: threading.Event, on_prefill: Any = None
+    ) -> Iterator[Piece]:
         self.asked.append([dict(message) for message in messages])
         said: list[str] = []
         for n in range(self.words):
@@ -79,7 +81,7 @@ def test_ctrl_c_before_the_first_word_takes_the_turn_back() -> None:
     session = Slow(words=1000)
     talk, conversation = chat(session)
 
-    def nothing(messages: Any, options: Any, cancel: threading.Event) -> Iterator[Piece]:
+    def nothing(messages: Any, options: Any, cancel: threading.Event, **_: Any) -> Iterator[Piece]:
         os.kill(os.getpid(), signal.SIGINT)
         assert cancel.wait(5)
         yield Piece("", (), Completion("", (), "cancelled", 3, 0, None, None))

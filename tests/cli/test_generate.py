@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import copy_of, tiny_artifact  # noqa: F401
+from artifacts import copy_of, seal, tiny_artifact  # noqa: F401
 from conftest import edgetune
 
 FLAT = '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"], "additionalProperties": false}'
@@ -42,7 +43,7 @@ def test_json_and_stats(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F
     found = json.loads(done.stdout)
     assert found["completion_tokens"] == 5 and found["finish_reason"] == "length"
     assert found.keys() == {
-        "text", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s",
+        "text", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s",
     }  # fmt: skip
     assert f"prompt {found['prompt_tokens']} tokens, answer 5 tokens, time to first token" in done.stderr
     plain = edgetune("generate", tiny_artifact, *asked)
@@ -60,6 +61,35 @@ def test_seed_stop_and_schema(tiny_artifact: Path) -> None:  # noqa: F811
     assert stopped.stdout == one[: one.index(stop)]
     made = edgetune("generate", tiny_artifact, "Hi", "--json-schema", FLAT)
     assert (made.returncode, list(json.loads(made.stdout))) == (0, ["n"])
+
+
+def test_constraints_and_probabilities(tiny_artifact: Path) -> None:  # noqa: F811
+    made = edgetune(
+        "generate", tiny_artifact, "Hi", "--regex", "[a-c]{3}", "--json", "--logprobs", "2", "--prompt-logprobs", "0"
+    )
+    found = json.loads(made.stdout)
+    assert re.fullmatch("[a-c]{3}", found["text"])
+    assert [len(entry["top"]) for entry in found["logprobs"]] == [2] * found["completion_tokens"]
+    assert len(found["prompt_logprobs"]) == found["prompt_tokens"] and found["prompt_logprobs"][0] is None
+    said = edgetune("generate", tiny_artifact, "Hi", "--grammar", 'start: "yes" | "no"')
+    assert said.returncode == 0 and said.stdout in ("yes", "no")
+    cut = edgetune("generate", tiny_artifact, "Hi", "--regex", "[a-c]{30}", "--max-tokens", "3")
+    assert cut.returncode == 1 and "before it fitted the regular expression" in cut.stderr
+    biased = edgetune("generate", tiny_artifact, "Hi", "--logit-bias", "50=100", "--max-tokens", "4")
+    assert biased.stdout == "PPPP"
+
+
+def test_a_tool_is_called(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
+    copy = copy_of(tiny_artifact, tmp_path)
+    template = copy / "chat_template.jinja"
+    template.write_text("{% if tools %}{{ tools | length }}{% endif %}" + template.read_text())
+    seal(copy)
+    schema = '{"type": "object", "properties": {"name": {"const": "f"}, "arguments": {"const": {}}}, "required": ["name", "arguments"], "additionalProperties": false}'
+    asked = ["Hi", "--tools", '[{"function": {"name": "f"}}]', "--json-schema", schema]
+    done = edgetune("generate", copy, *asked)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"name": "f", "arguments": {}}), done.stderr
+    whole = json.loads(edgetune("generate", copy, *asked, "--json").stdout)
+    assert whole["text"] == "" and whole["tool_calls"][0]["name"] == "f"
 
 
 def test_json_that_is_cut_is_a_failure(tiny_artifact: Path) -> None:  # noqa: F811
@@ -81,6 +111,19 @@ def test_json_that_is_cut_is_a_failure(tiny_artifact: Path) -> None:  # noqa: F8
     (["a", "--threads", "0"], "", "threads: must be"),
     (["a", "--json-schema", "{"], "", "--json-schema: is not JSON"),
     (["a", "--json-schema", '{"type": "objec"}'], "", "json_schema: the schema cannot be followed"),
+    (["a", "--json-schema", "[]"], "", "[]: no such file"),
+    (["a", "--regex", "(("], "", "regex: the regular expression cannot be followed"),
+    (["a", "--grammar", "start: nope"], "", "grammar: the grammar cannot be followed"),
+    (["a", "--grammar", "missing.lark"], "", "missing.lark: no such file"),
+    (["a", "--regex", "a", "--json-schema", "{}"], "", "regex: cannot be combined with json_schema"),
+    (["a", "--min-p", "2"], "", "min_p: must be"),
+    (["a", "--repetition-penalty", "0"], "", "repetition_penalty: must be"),
+    (["a", "--logit-bias", "x"], "", "'x' is not ID=BIAS"),
+    (["a", "--logit-bias", "384=1"], "", "logit_bias: the model has 384 tokens, none with id 384"),
+    (["a", "--logprobs", "2"], "", "add --json"),
+    (["a", "--json", "--logprobs", "21"], "", "logprobs: must be"),
+    (["a", "--tools", "[1]"], "", "tools[0]: needs"),
+    (["a", "--tools", '[{"function": {"name": "f"}}]'], "", "tools: the model's chat template knows no tools"),
     (["a", "--raw", "--system", "s"], "", "--raw sends no system prompt"),
     (["word " * 300], "", "the context holds 256"),
 ])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from edgetune import runtime
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime.artifact import open_artifact
 from edgetune.runtime.options import GenerationOptions
+from edgetune.runtime.prefix import Context
 from edgetune.runtime.session import Piece, Session
 
 ASK: Any = [{"role": "user", "content": "What is 2 plus 2?"}]
@@ -212,6 +214,9 @@ class Scripted:
     def __init__(self, ids: list[int]) -> None:
         self.left, self.now = list(ids), -1
 
+    def append_tokens(self, ids: list[int]) -> None:
+        pass
+
     def generate_next_token(self) -> None:
         self.now = self.left.pop(0)
 
@@ -227,7 +232,8 @@ def test_characters_come_whole(session: Session, monkeypatch: pytest.MonkeyPatch
     ids = session.encode(wanted)
     assert len(ids) > len(wanted)  # each of these is several tokens
     for most in range(1, len(ids) + 1):
-        monkeypatch.setattr(session, "_begin", lambda *_, n=most: Scripted(ids[:n]))
+        scripted = Context(Scripted(ids[:most]), None, 1000)
+        monkeypatch.setattr(session._reader, "begin", lambda *_, made=scripted: made)
         shown = ""
         for piece in session.stream(ASK, GenerationOptions(max_tokens=most, stop=("🎈",))):  # begins as 👋 does
             shown += piece.text
@@ -312,11 +318,11 @@ def test_build_without_guidance_is_no_silent_success(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with runtime.load(tiny_artifact) as session:  # one that has not tried guidance yet
-        real = session._og.GeneratorParams
+        real = session._og
 
         class Params:  # takes guidance and forgets it, as such a build does
             def __new__(cls, model: Any) -> Any:
-                class Deaf(real):  # type: ignore[misc,valid-type]
+                class Deaf(real.GeneratorParams):  # type: ignore[misc,name-defined]
                     def set_guidance(self, *_: object) -> None:
                         pass
 
@@ -324,11 +330,56 @@ def test_build_without_guidance_is_no_silent_success(
 
         class Module:
             GeneratorParams = Params
-            Generator = session._og.Generator
+            Generator = real.Generator
 
-        monkeypatch.setattr(session, "_og", Module)
+        monkeypatch.setattr(session._reader, "_og", Module)
         with pytest.raises(EdgetuneError, match="cannot follow a JSON Schema"):
             session.generate(ASK, GenerationOptions(json_schema=SCHEMA))
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("constraint", "fits"),
+    [
+        ({"regex": "[a-c]{3,5}(x|yz)"}, r"[a-c]{3,5}(x|yz)"),
+        ({"grammar": 'start: WORD ("-" WORD){1,2}\nWORD: /[a-e]+[0-9]/'}, r"[a-e]+\d(-[a-e]+\d){1,2}"),
+    ],
+)
+def test_regex_and_grammar(session: Session, constraint: dict[str, str], fits: str, seed: int | None) -> None:
+    drawn: Any = {} if seed is None else {"temperature": 1.5, "top_k": 8, "top_p": 0.9, "min_p": 0.01, "seed": seed}
+    options = GenerationOptions(max_tokens=100, **constraint, **drawn)
+    answer = session.generate(ASK, options)
+    if answer.finish_reason == "length":  # a random model may repeat a letter for ever
+        assert "grammar" in constraint
+        options = GenerationOptions(max_tokens=100, **constraint, temperature=2, top_k=0, seed=3)
+        answer = session.generate(ASK, options)
+    assert answer.finish_reason == "stop"
+    assert re.fullmatch(fits, answer.text)
+    assert session.generate(ASK, options).ids == answer.ids  # the kept context begins the constraint anew
+
+
+def test_draws_under_a_constraint_follow_the_model(session: Session) -> None:
+    """Where the drawn token is not allowed, an allowed one is drawn by its probability, not the first one."""
+    options = {"regex": "[a-z]", "temperature": 2.0, "top_k": 0}
+    drawn = {session.generate(ASK, GenerationOptions(seed=seed, **options)).text for seed in range(20)}
+    assert len(drawn) > 5
+    narrow = {**options, "top_k": 1}  # what it keeps is not allowed: then the likeliest that is
+    likeliest = session.generate(ASK, GenerationOptions(regex="[a-z]")).text
+    assert {session.generate(ASK, GenerationOptions(seed=seed, **narrow)).text for seed in range(5)} == {likeliest}
+
+
+@pytest.mark.parametrize("constraint", [{"regex": "(("}, {"grammar": "start: nope"}, {"regex": "(?<=a)b"}])
+def test_broken_regex_and_grammar(session: Session, constraint: Any) -> None:
+    with pytest.raises(InputError, match="cannot be followed") as caught:
+        session.generate(ASK, GenerationOptions(**constraint))
+    assert caught.value.where == next(iter(constraint))
+
+
+def test_constraints_that_nothing_answers(session: Session) -> None:
+    with pytest.raises(EdgetuneError, match="leave emoji and other characters of several tokens out"):
+        session.generate(ASK, GenerationOptions(regex="👋🏽"))
+    answer = session.generate(ASK, GenerationOptions(regex="[a-c]{20}", max_tokens=5))
+    assert (answer.finish_reason, answer.completion_tokens) == ("length", 5)
 
 
 # --- cancelling and threads

@@ -35,7 +35,7 @@ class FakeSession:
         self.together = 0
         self.most_together = 0
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, str]], tools: Sequence[Any] = ()) -> str:
         if messages[-1]["content"].startswith("refuse"):
             raise InputError("the template does not take this")
         return messages[-1]["content"]
@@ -43,7 +43,9 @@ class FakeSession:
     def encode(self, text: str) -> list[int]:
         return [0] * len(text.split())
 
-    def stream(self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None, *, tools: Any = ()
+    ) -> Iterator[Piece]:
         self.together += 1
         self.most_together = max(self.together, self.most_together)
         try:

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from serving import FakeSession, eventually, served
 
-from artifacts import tiny_artifact  # noqa: F401
+from artifacts import copy_of, seal, tiny_artifact, widen  # noqa: F401
 from edgetune.runtime.artifact import open_artifact
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.session import Session
@@ -115,6 +117,119 @@ def test_json_schema(client: openai.OpenAI) -> None:
             },
         )
     assert caught.value.param == "response_format"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": say("hello"), "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked, extra_body={"prompt_logprobs": 1})
+    found = whole.choices[0].logprobs
+    assert found is not None and found.content is not None
+    assert len(found.content) == 6 and all(len(entry.top_logprobs) == 2 for entry in found.content)
+    assert all(entry.logprob == entry.top_logprobs[0].logprob < 0 for entry in found.content)  # greedy
+    prompt = (whole.model_extra or {})["prompt_logprobs"]
+    assert whole.usage is not None and len(prompt) == whole.usage.prompt_tokens and prompt[0] is None
+    assert {type(entry["logprob"]) for entry in prompt[1].values()} == {float}
+    streamed = [
+        entry
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if chunk.choices and chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert streamed == found.content
+
+
+def test_sampling_options(client: openai.OpenAI) -> None:
+    def answer(**more: Any) -> str:
+        done = client.chat.completions.create(model="tiny", messages=say("hello"), max_tokens=12, **more)
+        return done.choices[0].message.content or ""
+
+    assert answer(logit_bias={"50": 100}) == "P" * 12
+    assert answer(logit_bias={"50": 100}, frequency_penalty=2) == "P" * 12
+    assert re.fullmatch("[a-c]{4}", answer(extra_body={"structured_outputs": {"regex": "[a-c]{4}"}}))
+    sampled = {"temperature": 1, "seed": 3, "extra_body": {"min_p": 0.9, "top_k": 0, "repetition_penalty": 1.1}}
+    assert answer(**sampled) == answer(**sampled)
+    with pytest.raises(openai.BadRequestError) as caught:
+        answer(logit_bias={"384": 1})
+    assert caught.value.param == "logit_bias"
+    with pytest.raises(openai.BadRequestError) as caught:
+        answer(extra_body={"structured_outputs": {"regex": "(("}})
+    assert caught.value.param == "structured_outputs"
+
+
+def test_known_prompts_are_counted(client: openai.OpenAI) -> None:
+    for _ in range(2):
+        done = client.chat.completions.create(model="tiny", messages=say("One two three. " * 8), max_tokens=2)
+    assert done.usage is not None and done.usage.prompt_tokens_details is not None
+    assert done.usage.prompt_tokens_details.cached_tokens == 64
+    off = client.chat.completions.create(
+        model="tiny", messages=say("One two three. " * 8), max_tokens=2, extra_body={"cache_prompt": False}
+    )
+    assert off.usage is not None and off.usage.prompt_tokens_details is not None
+    assert off.usage.prompt_tokens_details.cached_tokens == 0
+
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {"n": {"type": "integer", "maximum": 99}},
+                "required": ["n"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("square", "cube")
+]
+
+
+@pytest.fixture
+def tooled(tiny_artifact: Path, tmp_path: Path) -> Iterator[openai.OpenAI]:
+    """An artifact whose template knows tools."""
+    copy = copy_of(tiny_artifact, tmp_path)
+    template = copy / "chat_template.jinja"
+    template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + template.read_text())
+    widen(copy)
+    seal(copy)
+    with (
+        Session(open_artifact(copy)) as session,
+        served(session) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_tools(tooled: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": say("hello"), "tools": TOOLS, "max_tokens": 60}
+    plain = tooled.chat.completions.create(**{**asked, "max_tokens": 5})
+    assert plain.choices[0].message.tool_calls is None and plain.choices[0].finish_reason == "length"
+    named = {"type": "function", "function": {"name": "cube"}}
+    for choice in (named, "required"):
+        whole = tooled.chat.completions.create(**asked, tool_choice=choice).choices[0]
+        assert whole.finish_reason == "tool_calls" and whole.message.content is None
+        (call,) = whole.message.tool_calls or []
+        assert call.type == "function" and call.function.name in ("square", "cube")
+        assert json.loads(call.function.arguments)["n"] <= 99
+        chunks = list(tooled.chat.completions.create(**asked, tool_choice=choice, stream=True))
+        assert not any(chunk.choices[0].delta.content for chunk in chunks)
+        (delta,) = [d for chunk in chunks for d in chunk.choices[0].delta.tool_calls or []]
+        assert delta.index == 0 and delta.function is not None
+        assert (delta.function.name, delta.function.arguments) == (call.function.name, call.function.arguments)
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    turns: Any = [
+        *say("hello"),
+        whole.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "8"},
+    ]
+    assert tooled.chat.completions.create(**{**asked, "messages": turns, "max_tokens": 3}).choices[0].message.content
+
+
+def test_tools_for_a_template_without_them(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="knows no tools") as caught:
+        client.chat.completions.create(model="tiny", messages=say("hello"), tools=TOOLS)
+    assert caught.value.param == "tools"
 
 
 def test_refusals(client: openai.OpenAI, session: Session) -> None:

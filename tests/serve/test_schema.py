@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from edgetune.serve.schema import ApiError, ChatRequest
+from edgetune.serve.error import ApiError
+from edgetune.serve.schema import ChatRequest
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -20,10 +21,14 @@ def refused(**more: Any) -> ApiError:
     with pytest.raises(ApiError) as caught:
         request = parse(**more)
         request.conversation()
+        request.functions()
         request.options()
     assert caught.value.status == 400
     assert caught.value.body()["error"]["type"] == "invalid_request_error"
     return caught.value
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def content(value: Any) -> list[dict[str, Any]]:
@@ -35,6 +40,39 @@ def test_options_reach_the_model() -> None:
     assert (options.max_tokens, options.temperature, options.top_p, options.top_k) == (7, 0.5, 0.9, 3)
     assert options.seed == 5
     assert list(options.stop) == ["a", "b"]
+
+
+def test_further_options_reach_the_model() -> None:
+    given = {"min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -1.0, "frequency_penalty": 0.5}
+    options = parse(**given, logit_bias={"5": -100, "7": 2.5}, prompt_logprobs=2, cache_prompt=False).options()
+    assert {name: getattr(options, name) for name in given} == given
+    assert (options.logit_bias, options.prompt_logprobs, options.reuse) == ({5: -100, 7: 2.5}, 2, "off")
+    assert (parse().options().logprobs, parse(logprobs=True).options().logprobs) == (None, 0)
+    assert parse(logprobs=True, top_logprobs=4).options().logprobs == 4
+    assert parse(structured_outputs={"regex": "a+"}).options().regex == "a+"
+    assert parse(structured_outputs={"grammar": "start: A"}).options().grammar == "start: A"
+    assert parse(structured_outputs={"json": {"type": "object"}}).options().json_schema == {"type": "object"}
+
+
+def test_tools_reach_the_model() -> None:
+    assert parse(tools=TOOLS).functions() == TOOLS and parse(tools=TOOLS).options() == parse().options()
+    assert parse(tools=TOOLS, tool_choice="none").functions() == []
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        request = parse(tools=TOOLS, tool_choice=choice)
+        schema = request.options().json_schema
+        assert request.functions() == TOOLS and schema is not None and schema["properties"]["name"] == {"const": "add"}
+
+
+def test_calls_and_what_tools_said_go_back() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "2"}], "tool_call_id": "c1"},
+    ]
+    assert parse(messages=[*USER, *turns]).conversation()[1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    ]
 
 
 def test_a_single_stop_and_the_newer_limit() -> None:
@@ -81,16 +119,9 @@ def test_harmless(harmless: dict[str, Any]) -> None:
     ("unsupported", "param"),
     [
         ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"functions": [{}]}, "functions"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"prediction": {}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"temprature": 1}, "temprature"),
@@ -117,6 +148,29 @@ def test_unsupported_is_refused_by_name(unsupported: dict[str, Any], param: str)
         ({"seed": "x"}, "seed"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 1}}, "regex"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "subtract"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "stop"),
@@ -133,7 +187,7 @@ def test_unsupported_is_refused_by_name(unsupported: dict[str, Any], param: str)
         ({"messages": None}, "messages"),
         ({"model": None}, "model"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": content(5)}, "messages[0].content"),
         ({"messages": content([])}, "messages[0].content"),
@@ -146,8 +200,14 @@ def test_unsupported_is_refused_by_name(unsupported: dict[str, Any], param: str)
         ({"messages": content([{"type": "input_audio", "input_audio": {}}])}, "messages[0].content[0].type"),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].function",
         ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 1}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
     ],
 )

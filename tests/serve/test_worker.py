@@ -24,7 +24,7 @@ def say(text: str) -> list[Message]:
 class Stubborn(FakeSession):
     """Does not look at its cancel event, as a native call that runs."""
 
-    def stream(self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None) -> Any:
+    def stream(self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None, **_: Any) -> Any:
         self.release.wait()
         return super().stream(prompt, options, cancel)
 
@@ -40,7 +40,7 @@ def test_a_busy_thread_is_told() -> None:
         await asyncio.sleep(0.05)
         queue.stop()
         with pytest.raises(Cancelled):  # its reader does not wait for the thread
-            _ = [text async for text in answer]
+            _ = [piece.text async for piece in answer]
         busy = not await asyncio.to_thread(queue.close, 0.1)
         session.release.set()
         assert await asyncio.to_thread(queue.close, 5)
@@ -68,7 +68,7 @@ def test_a_cancel_that_comes_late_changes_nothing() -> None:
     async def run() -> None:
         queue = worker(FakeSession())
         answer = queue.submit(say("echo a b"), OPTIONS)
-        assert [text async for text in answer] == ["a", " b"]
+        assert [piece.text async for piece in answer] == ["a", " b"]
         answer.cancel()
         assert not answer.stop.is_set()
         assert answer.result().text == "a b"
@@ -83,7 +83,7 @@ def test_places_count_from_the_call_on() -> None:
         with pytest.raises(QueueFull):
             queue.submit(say("echo 3"), OPTIONS)
         for n, answer in enumerate(answers):
-            assert [text async for text in answer] == [str(n)]
+            assert [piece.text async for piece in answer] == [str(n)]
         assert queue.load() == (0, 0)
 
     asyncio.run(run())
@@ -96,6 +96,6 @@ def test_no_path_of_this_machine_goes_to_the_client() -> None:
 
     async def run() -> None:
         with pytest.raises(Failed, match=r"^the generation failed: no memory$"):
-            _ = [text async for text in worker(Broken()).submit(say("a"), OPTIONS)]
+            _ = [piece async for piece in worker(Broken()).submit(say("a"), OPTIONS)]
 
     asyncio.run(run())

@@ -7,21 +7,48 @@ from typing import Annotated
 
 import typer
 
-from edgetune.cli.generate import Folder, MaxTokens, Seed, Stop, System, Temperature, Threads, TopK, TopP
-from edgetune.runtime.options import GenerationOptions
-
-_DEFAULT = GenerationOptions()
+from edgetune.cli._generation import (
+    DEFAULT,
+    Folder,
+    FrequencyPenalty,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    read_options,
+)
 
 
 def command(
     artifact: Folder,
     system: System = None,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = _DEFAULT.temperature,
-    top_p: TopP = _DEFAULT.top_p,
-    top_k: TopK = _DEFAULT.top_k,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    top_k: TopK = DEFAULT.top_k,
+    min_p: MinP = DEFAULT.min_p,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    presence_penalty: PresencePenalty = DEFAULT.presence_penalty,
+    frequency_penalty: FrequencyPenalty = DEFAULT.frequency_penalty,
+    logit_bias: LogitBias = None,
     stop: Stop = None,
+    reuse: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|fast|off",
+            help="What of the conversation is not read again. exact: whole pieces, the answers are those of a fresh "
+            "start; fast: all of it, answers may differ in rounding; off: nothing.",
+        ),
+    ] = DEFAULT.reuse,
     load: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Go on with the last conversation that /save wrote to FILE."),
@@ -48,13 +75,19 @@ def command(
     from edgetune.runtime.conversation import Conversation
     from edgetune.runtime.session import Session
 
-    options = GenerationOptions(
+    options = read_options(
+        stop,
+        logit_bias,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         seed=seed,
-        stop=tuple(stop or ()),
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        reuse=reuse,
     )
     conversation = Conversation(system)
     if load is not None:

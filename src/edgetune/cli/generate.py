@@ -4,46 +4,40 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.cli._common import Json, print_json
-from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
+from edgetune.cli._generation import (
+    DEFAULT,
+    Folder,
+    FrequencyPenalty,
+    Grammar,
+    LogitBias,
+    LogProbs,
+    MaxTokens,
+    MinP,
+    PresencePenalty,
+    PromptLogProbs,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgetune.runtime.session import Completion, Message, Session
-
-_DEFAULT = GenerationOptions()
-
-# Shared with chat.
-Folder = Annotated[Path, typer.Argument(help="An artifact or a run folder.", show_default=False)]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help=f"Most tokens of an answer; up to {DEFAULT_MAX_TOKENS} when not given.",
-    ),
-]
-Temperature = Annotated[
-    float,
-    typer.Option(metavar="0..2", help="0 takes the likeliest token and repeats itself; higher varies more."),
-]
-TopP = Annotated[
-    float,
-    typer.Option(metavar="0..1", help="With a temperature: draw from the likeliest tokens of this total."),
-]
-TopK = Annotated[
-    int, typer.Option(metavar="N", help="With a temperature: draw from the N likeliest tokens; 0: from all.")
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="With a temperature: makes drawing repeatable.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
-]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; all cores when not given.")]
+    from edgetune.runtime.completion import Completion, Message
+    from edgetune.runtime.options import GenerationOptions
+    from edgetune.runtime.session import Session
 
 
 def command(
@@ -52,15 +46,28 @@ def command(
     file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     system: System = None,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = _DEFAULT.temperature,
-    top_p: TopP = _DEFAULT.top_p,
-    top_k: TopK = _DEFAULT.top_k,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    top_k: TopK = DEFAULT.top_k,
+    min_p: MinP = DEFAULT.min_p,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    presence_penalty: PresencePenalty = DEFAULT.presence_penalty,
+    frequency_penalty: FrequencyPenalty = DEFAULT.frequency_penalty,
+    logit_bias: LogitBias = None,
     stop: Stop = None,
     json_schema: Annotated[
         str | None,
         typer.Option(metavar="FILE|JSON", help="Let the answer be JSON that fits this JSON Schema."),
     ] = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|JSON", help="Functions that the model may call, a list as OpenAI's API has it."),
+    ] = None,
+    logprobs: LogProbs = None,
+    prompt_logprobs: PromptLogProbs = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Send the prompt as it is, without the model's chat template.")
     ] = False,
@@ -80,52 +87,77 @@ def command(
       cat notes.txt | edgetune generate runs/quickstart --system "Sum this up." --stop "\\n\\n"
       edgetune generate runs/quickstart "A story, please." --temperature 0.8 --seed 7
       edgetune generate runs/quickstart "Name a city." --json-schema '{"type": "object"}'
+      edgetune generate runs/quickstart "Yes or no?" --regex "yes|no" --json --logprobs 5
     """
     from edgetune.errors import InputError
     from edgetune.leases import lease
     from edgetune.runtime.artifact import open_artifact
-    from edgetune.runtime.prompt import read_prompt, read_schema
+    from edgetune.runtime.prompt import read_grammar, read_prompt, read_schema, read_tools
     from edgetune.runtime.session import Session
 
     if raw and system is not None:
         raise InputError("--raw sends no system prompt", fix="leave --raw or --system out")
-    options = GenerationOptions(
+    if not json and (logprobs is not None or prompt_logprobs is not None):
+        raise InputError("log-probabilities are only in the JSON result", fix="add --json")
+    options = read_options(
+        stop,
+        logit_bias,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         seed=seed,
-        stop=tuple(stop or ()),
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         json_schema=None if json_schema is None else read_schema(json_schema),
+        regex=regex,
+        grammar=None if grammar is None else read_grammar(grammar),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
+    functions = [] if tools is None else read_tools(tools)
     text = read_prompt(prompt, file)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
     found = open_artifact(artifact)
     with lease(found.path, "edgetune generate"), Session(found, threads=threads) as session:
         asked = text if raw else messages
-        answer = session.generate(asked, options) if json else _print_stream(session, asked, options)
+        answer = _answer(session, asked, options, functions, silent=json)
     if json:
         print_json(answer.as_dict())
+    else:
+        for call in answer.tool_calls:
+            print_json({"name": call.name, "arguments": call.arguments})
     if stats:
         typer.echo(answer.describe(), err=True)
     if answer.finish_reason == "length":
         _tell_cut(answer, options)
 
 
-def _print_stream(session: Session, prompt: str | Sequence[Message], options: GenerationOptions) -> Completion:
-    """Print the answer as it comes. A terminal gets a line end and no control characters, a pipe the text
-    itself."""
-    from edgetune.runtime.terminal import printable
+def _answer(
+    session: Session,
+    prompt: str | Sequence[Message],
+    options: GenerationOptions,
+    tools: Sequence[dict[str, Any]],
+    silent: bool,
+) -> Completion:
+    """Print the answer as it comes, unless `silent`. A terminal gets a line end and no control characters, a pipe the
+    text itself."""
+    from edgetune.runtime.terminal import ReadingBar, printable
 
     terminal, last = sys.stdout.isatty(), "\n"
     answer = None
     try:
-        for piece in session.stream(prompt, options):
-            text = printable(piece.text) if terminal else piece.text
-            last = text[-1:] or last
-            print(text, end="", flush=True)
-            answer = piece.completion
+        with ReadingBar() as bar:
+            for piece in session.stream(prompt, options, tools=tools, on_prefill=bar):
+                answer = piece.completion
+                if silent:
+                    continue
+                text = printable(piece.text) if terminal else piece.text
+                last = text[-1:] or last
+                print(text, end="", flush=True)
     finally:
         if terminal and last != "\n":
             print(flush=True)
@@ -136,9 +168,11 @@ def _print_stream(session: Session, prompt: str | Sequence[Message], options: Ge
 def _tell_cut(answer: Completion, options: GenerationOptions) -> None:
     from edgetune.errors import EdgetuneError
 
+    cut = f"the answer was cut after {answer.completion_tokens} tokens"
     if options.json_schema is not None:
-        raise EdgetuneError(
-            f"the answer was cut after {answer.completion_tokens} tokens, so its JSON is not complete",
-            fix="give more --max-tokens, or a schema that bounds lengths (maxLength, maxItems)",
-        )
+        bounds = "a schema that bounds lengths (maxLength, maxItems)"
+        raise EdgetuneError(f"{cut}, so its JSON is not complete", fix=f"give more --max-tokens, or {bounds}")
+    if options.regex is not None or options.grammar is not None:
+        what = "regular expression" if options.regex is not None else "grammar"
+        raise EdgetuneError(f"{cut}, before it fitted the {what}", fix="give more --max-tokens")
     typer.echo(f"(cut after {answer.completion_tokens} tokens; --max-tokens allows more)", err=True)

@@ -59,6 +59,12 @@ class Artifact:
         return min(int(self.config["search"]["max_length"]), int(self.config["model"]["context_length"]))
 
     @property
+    def last_logits_only(self) -> bool:
+        """Whether the graph's head computes logits of a call's last position only (the builder's `prune_lm_head`)."""
+        target = self.manifest.get("options", {}).get("target", {})
+        return str(target.get("options", {}).get("prune_lm_head", "false")).lower() in ("true", "1")
+
+    @property
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model in one call.
 
@@ -66,8 +72,7 @@ class Artifact:
         logits of every position, it also bounds their memory: 64 tokens in a call halve the peak of 1,500, cost no time,
         and give bit for bit the same logits. Where it gives those of the last one, 128 are faster.
         """
-        target = self.manifest.get("options", {}).get("target", {})
-        return 128 if str(target.get("options", {}).get("prune_lm_head", "false")).lower() in ("true", "1") else 64
+        return 128 if self.last_logits_only else 64
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

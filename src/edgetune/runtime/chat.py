@@ -12,9 +12,10 @@ from pathlib import Path
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError, from_system_error
+from edgetune.runtime.completion import Completion, Message
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
-from edgetune.runtime.session import Completion, Message, Session
+from edgetune.runtime.session import Session
 from edgetune.runtime.terminal import piped_turns, printable, typed_turns
 
 _HELP = """\
@@ -184,17 +185,22 @@ class Chat:
         if waiting:
             print("…", end="", flush=True)
         with _stops(cancel) if self._interactive else contextlib.nullcontext():
-            stream = self._session.stream(messages, self._options, cancel)
+            stream = self._session.stream(messages, self._options, cancel, on_prefill=_show_share if waiting else None)
             for piece in stream:
                 text = printable(piece.text)
                 if waiting and (text or piece.completion):
-                    print("\r \r", end="")  # takes the mark of waiting away
+                    print("\r      \r", end="")  # takes the mark of waiting away
                     waiting = False
                 print(text, end="", flush=True)
                 answer = piece.completion
         print("\n" if self._interactive else "", flush=True)
         assert answer is not None
         return answer
+
+
+def _show_share(done: int, total: int) -> None:
+    """How much of the turn is read, behind the mark of waiting."""
+    print(f"\r… {done / total:.0%}", end="", flush=True)
 
 
 @contextlib.contextmanager

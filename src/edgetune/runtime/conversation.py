@@ -8,7 +8,7 @@ from typing import Any
 
 from edgetune.errors import InputError
 from edgetune.files import write_text
-from edgetune.runtime.session import Message
+from edgetune.runtime.completion import Message
 
 _FIX = 'one JSON object a line: {"messages": [{"role": "user", "content": "…"}, …]}'
 

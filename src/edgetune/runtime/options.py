@@ -1,11 +1,12 @@
-"""How an answer is made: length, sampling, stops, JSON Schema. Checked here, for the command line and the
+"""How an answer is made: length, sampling, stops, constraints. Checked here, for the command line and the
 service."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from edgetune.errors import InputError
 
@@ -14,6 +15,8 @@ from edgetune.errors import InputError
 DEFAULT_MAX_TOKENS = 512
 MAX_SEED = 2**31 - 1  # ONNX Runtime GenAI keeps the seed in a 32-bit signed integer
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,29 @@ class GenerationOptions:
     The default temperature is 0: the likeliest token each time. It is what the gate measured, it gives the
     same answer to the same question, and small models lose the thread soon when they are sampled.
 
+    How temperature, truncation, penalties and bias act together: `edgetune.runtime.sampling`.
+
     Attributes:
         max_tokens: most tokens of the answer; None: what the context has left, at most 512.
         temperature: 0 takes the likeliest token, higher values (up to 2) draw more evenly.
         top_p: with a temperature, draw from the likeliest tokens that together have this probability.
         top_k: with a temperature, draw from this many likeliest tokens; 0: from all.
+        min_p: with a temperature, leave out tokens below this share of the likeliest one's probability.
+        repetition_penalty: over 1, tokens of the prompt and the answer become less likely; 1: none.
+        presence_penalty: taken off the logits of tokens that the answer has, -2 to 2.
+        frequency_penalty: the same for each time that the answer has them, -2 to 2.
+        logit_bias: added to logits, -100 to 100, by token id.
         seed: makes drawing repeatable, 0 to 2^31-1; None: different each time.
         stop: the answer ends before the first of these strings; any sequence of strings is kept as a tuple.
         json_schema: the answer is a JSON text that fits this JSON Schema.
+        regex: the answer as a whole fits this regular expression, in the syntax of Rust's regex.
+        grammar: the answer fits this context-free grammar, in llguidance's dialect of Lark.
+        logprobs: report the log-probability of each token of the answer and of this many likeliest ones, 0 to 20.
+        prompt_logprobs: the same for the prompt. Nothing of it is reused then; where the graph gives logits of the
+            last position only (`prune_lm_head`), it is read token by token, which is slow.
+        reuse: what of an earlier prompt is not read again. `exact`: whole pieces of `Artifact.prefill_tokens` that
+            begin both, so that the answer is bit for bit that of a fresh start; `fast`: all that begins both, the
+            last answer included, whose rounding may differ; `off`: nothing.
 
     Raises:
         InputError: a value is out of range; `where` is the option's name.
@@ -43,6 +61,16 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_schema: dict[str, Any] | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    regex: str | None = None
+    grammar: str | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    reuse: Literal["exact", "fast", "off"] = "exact"
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None)
@@ -55,6 +83,27 @@ class GenerationOptions:
         object.__setattr__(self, "stop", _stops(self.stop))
         if self.json_schema is not None and not isinstance(self.json_schema, dict):
             raise InputError("must be a JSON object", where="json_schema", fix='such as {"type": "object"}')
+        _number("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
+        _number("repetition_penalty", self.repetition_penalty, "over 0 and up to 2", lambda value: 0 < value <= 2)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), "from -2 to 2", lambda value: -2 <= value <= 2)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.reuse not in ("exact", "fast", "off"):
+            raise InputError(f"must be exact, fast or off, not {self.reuse!r}", where="reuse")
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        for name in given:
+            if name != "json_schema" and not (isinstance(getattr(self, name), str) and getattr(self, name)):
+                raise InputError("must be a string that is not empty", where=name)
+        if len(given) > 1:
+            raise InputError(f"cannot be combined with {given[0]}", where=given[1], fix="give one constraint")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one as the model says it, and nothing else is asked about it."""
+        shaped = self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return self.temperature == 0 and not shaped and self.logprobs is None
 
 
 def _whole(name: str, value: Any, low: int, high: int | None) -> None:
@@ -66,7 +115,7 @@ def _whole(name: str, value: Any, low: int, high: int | None) -> None:
         raise InputError(f"must be a whole number {span}, not {value!r}", where=name)
 
 
-def _number(name: str, value: Any, span: str, fits: Any) -> None:
+def _number(name: str, value: Any, span: str, fits: Callable[[float], bool]) -> None:
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not known or not fits(value):
         raise InputError(f"must be a number {span}, not {value!r}", where=name)
@@ -78,3 +127,14 @@ def _stops(value: Any) -> tuple[str, ...]:
     if len(value) > MAX_STOPS:
         raise InputError(f"takes up to {MAX_STOPS} strings, not {len(value)}", where="stop")
     return tuple(value)
+
+
+def _bias(value: Any) -> dict[int, float]:
+    where = "logit_bias"
+    if not isinstance(value, dict):
+        raise InputError("must give numbers by token id", where=where, fix="such as {50: -100}")
+    for token, bias in value.items():
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise InputError(f"{token!r} is no token id", where=where, fix="`Session.encode` gives ids of a text")
+        _number(where, bias, f"from -{MAX_BIAS:g} to {MAX_BIAS:g}", lambda number: abs(number) <= MAX_BIAS)
+    return dict(value)

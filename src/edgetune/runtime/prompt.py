@@ -1,4 +1,4 @@
-"""What `generate` reads: the prompt from an argument, a file or a pipe, and the JSON Schema."""
+"""What `generate` reads: the prompt from an argument, a file or a pipe, JSON Schema, grammar and tools."""
 
 from __future__ import annotations
 
@@ -51,17 +51,37 @@ def _text(data: bytes, where: str) -> str:
 
 def read_schema(value: str) -> dict[str, Any]:
     """A JSON Schema from a file, or from the JSON itself (which begins with `{`). Raises InputError."""
-    where = "--json-schema"
-    if not value.lstrip().startswith("{"):
-        where = value
-        path = Path(value)
-        if not path.is_file():
-            raise InputError("no such file", where=where, fix="give a file, or the JSON Schema itself")
-        value = _text(path.read_bytes(), where)
-    try:
-        schema = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise InputError(f"is not JSON: {error}", where=where, fix='such as {"type": "object"}') from error
-    if not isinstance(schema, dict):
+    found, where = _json(value, "--json-schema", "{")
+    if not isinstance(found, dict):
         raise InputError("is not a JSON object", where=where, fix='such as {"type": "object"}')
-    return schema
+    return found
+
+
+def read_tools(value: str) -> list[dict[str, Any]]:
+    """Descriptions of functions from a file, or from the JSON itself (which begins with `[`). Raises InputError."""
+    from edgetune.runtime.tools import checked_tools
+
+    return checked_tools(_json(value, "--tools", "[")[0])
+
+
+def read_grammar(value: str) -> str:
+    """A grammar from a file, or the grammar itself, which names its `start`. Raises InputError."""
+    if "start" in value and ":" in value and not Path(value).is_file():
+        return value
+    return _file(value, "a grammar with a rule `start`")
+
+
+def _json(value: str, where: str, begins: str) -> tuple[Any, str]:
+    if not value.lstrip().startswith(begins):
+        where, value = value, _file(value, "the JSON itself")
+    try:
+        return json.loads(value), where
+    except json.JSONDecodeError as error:
+        raise InputError(f"is not JSON: {error}", where=where) from error
+
+
+def _file(name: str, otherwise: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise InputError("no such file", where=name, fix=f"give a file, or {otherwise}")
+    return _text(path.read_bytes(), name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgetune import progress
 from edgetune.errors import InputError
 from edgetune.files import home
 
@@ -14,7 +16,42 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
+_LONG_S = 2.0  # what is read sooner needs no bar
 _BLOCK = '"""'
+
+
+class ReadingBar:
+    """Progress of reading a long prompt: call it with the tokens that are read, and all. A context manager.
+
+    It shows up only where reading will take seconds.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._task: progress.Task | None = None
+        self._first: tuple[float, int] | None = None
+        self._done = 0
+
+    def __enter__(self) -> ReadingBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        elif self._task is None and done > self._first[1]:
+            left = (now - self._first[0]) / (done - self._first[1]) * (total - done)
+            if left > _LONG_S:
+                self._task = self._stack.enter_context(progress.task("reading the prompt", total))
+        if self._task:
+            self._task.advance(done - self._done)
+            self._done = done
+        if done >= total:
+            self._stack.close()
+            self._task = None
 
 
 def printable(text: str) -> str:

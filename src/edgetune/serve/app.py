@@ -18,11 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgetune.progress import say
-from edgetune.serve.schema import ApiError, ChatRequest, Reply, model_object, usage
+from edgetune.serve.error import ApiError
+from edgetune.serve.reply import Reply, model_object
+from edgetune.serve.schema import ChatRequest
 from edgetune.serve.worker import Answer, Cancelled, Failed, QueueFull, Refused, Worker
 
 if TYPE_CHECKING:
-    from edgetune.runtime.session import Session
+    from edgetune.runtime.session import Piece, Session
 
 MAX_BODY = 4 * 2**20
 _MAX_DRAINED = 16 * MAX_BODY
@@ -68,7 +70,7 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
         answer = request.state.answer = _submit(worker, asked)
         if asked.stream:
             return await _streamed(request, answer, asked, name)
-        return await _whole(request, answer, name)
+        return await _whole(request, answer, asked, name)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
@@ -130,9 +132,9 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _submit(worker: Worker, asked: ChatRequest) -> Answer:
-    messages, options = asked.conversation(), asked.options()
+    messages, tools, options = asked.conversation(), asked.functions(), asked.options()
     try:
-        return worker.submit(messages, options)
+        return worker.submit(messages, options, tools)
     except QueueFull as full:
         raise ApiError(
             429,
@@ -161,30 +163,31 @@ async def _given_up_on_disconnect(request: Request, answer: Answer) -> AsyncIter
         watching.cancel()
 
 
-async def _whole(request: Request, answer: Answer, name: str) -> Response:
+async def _whole(request: Request, answer: Answer, asked: ChatRequest, name: str) -> Response:
     async with _given_up_on_disconnect(request, answer):
-        text = "".join([piece async for piece in answer])
-    done = answer.result()
-    return JSONResponse(Reply(name).whole(text, done.finish_reason, usage(done.prompt_tokens, done.completion_tokens)))
+        text = "".join([piece.text async for piece in answer])
+    reply = Reply(name, one_call=asked.parallel_tool_calls is False)
+    return JSONResponse(reply.whole(text, answer.result()))
 
 
 async def _streamed(request: Request, answer: Answer, asked: ChatRequest, name: str) -> Response:
     pieces = aiter(answer)
     async with _given_up_on_disconnect(request, answer):
-        first = await anext(pieces, "")  # what fails before the first word still gets a status of its own
+        first = await anext(pieces, None)  # what fails before the first word still gets a status of its own
     include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return _EventStream(answer, _events(answer, first, pieces, Reply(name, include_usage), include_usage))
+    reply = Reply(name, include_usage, one_call=asked.parallel_tool_calls is False)
+    return _EventStream(answer, _events(answer, first, pieces, reply, include_usage))
 
 
 async def _events(
-    answer: Answer, first: str, pieces: AsyncIterator[str], reply: Reply, include_usage: bool
+    answer: Answer, first: Piece | None, pieces: AsyncIterator[Piece], reply: Reply, include_usage: bool
 ) -> AsyncIterator[str]:
     yield _event(reply.chunk({"role": "assistant", "content": ""}))
     try:
         if first:
-            yield _event(reply.chunk({"content": first}))
+            yield _event(reply.chunk({"content": first.text}, logprobs=first.logprobs))
         async for piece in pieces:
-            yield _event(reply.chunk({"content": piece}))
+            yield _event(reply.chunk({"content": piece.text}, logprobs=piece.logprobs))
     except Failed as error:
         yield _event(_failure(error).body())
         return
@@ -192,9 +195,10 @@ async def _events(
         yield _event(_stopped().body())  # the client reads this only where it is the service that gave up
         return
     done = answer.result()
-    yield _event(reply.chunk({}, done.finish_reason))
+    for chunk in reply.last_chunks(done):
+        yield _event(chunk)
     if include_usage:
-        yield _event(reply.usage_chunk(usage(done.prompt_tokens, done.completion_tokens)))
+        yield _event(reply.usage_chunk(done))
     yield "data: [DONE]\n\n"
 
 

@@ -7,15 +7,16 @@ is passed over.
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from edgetune.errors import InputError
+from edgetune.runtime.completion import Message
 from edgetune.runtime.options import GenerationOptions
-from edgetune.runtime.session import Message
+from edgetune.runtime.tools import call_schema, checked_tools
+from edgetune.serve.error import ApiError
+from edgetune.serve.messages import read_message
 
 MAX_STOPS = 4
 
@@ -33,55 +34,22 @@ _HARMLESS = {
 # Parameters that this service does not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "n": (1,),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
-# Further keys of a message may hold only these: clients send earlier answers back with such fields.
-_MESSAGE_EMPTY: tuple[Any, ...] = (None, [], {}, "")
-
-
-class ApiError(Exception):
-    """A refusal or a failure, as the client gets it.
-
-    Args:
-        status: HTTP status.
-        message: what is wrong and what to do, for the person who reads the client's log.
-        param: the request's parameter that is to blame.
-        code: a short fixed word for programs.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
-
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+# Parameters that are options of the runtime under the same name.
+_SAME = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "prompt_logprobs", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
+_CONSTRAINTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
 
 
 class _Part(BaseModel):
@@ -109,10 +77,24 @@ class ChatRequest(_Part):
     max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None  # not OpenAI's, but widely sent through `extra_body`
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     seed: int | None = None
     stop: Any = None
     response_format: Any = None
+    tools: list[JsonValue] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    # Not OpenAI's; sent through `extra_body` under the names that vLLM and llama-server have for them.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: Any = None
+    cache_prompt: bool | None = None
 
     @classmethod
     def parse(cls, body: bytes) -> ChatRequest:
@@ -128,8 +110,28 @@ class ChatRequest(_Part):
         return request
 
     def conversation(self) -> list[Message]:
-        """The messages as `role` and `content` strings, text parts joined. Raises ApiError 400."""
-        return [_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+        """The messages for the chat template, text parts joined. Raises ApiError 400."""
+        return [read_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools that the model may call. Raises ApiError 400."""
+        try:
+            tools = checked_tools(self.tools or [])
+            self._forced(tools)
+        except InputError as error:
+            raise ApiError(400, f"{error.where}: {error.what}.", param=error.where, code="invalid_value") from None
+        return [] if self.tool_choice == "none" else tools
+
+    def _forced(self, tools: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The JSON Schema of an answer that must be a call, where `tool_choice` says so."""
+        choice = self.tool_choice
+        if choice in (None, "auto", "none"):
+            return None
+        named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = named.get("name") if isinstance(named, dict) else None
+        if choice != "required" and not isinstance(name, str):
+            raise InputError('must be none, auto, required, or {"type": "function", …}', where="tool_choice")
+        return call_schema(tools, name)
 
     def options(self) -> GenerationOptions:
         """What the model is asked to do. Raises ApiError 400."""
@@ -141,20 +143,39 @@ class ChatRequest(_Part):
                 param="max_tokens",
                 code="invalid_value",
             )
-        given: dict[str, Any] = {
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs", code="invalid_value")
+        given: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
+        given |= {
             "max_tokens": getattr(self, limit),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "seed": self.seed,
             "stop": _stops(self.stop),
-            "json_schema": _json_schema(self.response_format),
+            "logit_bias": _bias(self.logit_bias),
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "reuse": "off" if self.cache_prompt is False else None,
+            **self._constraint(),
         }
         try:
             return GenerationOptions(**{key: value for key, value in given.items() if value is not None})
         except InputError as error:
             param = limit if error.where == "max_tokens" else error.where
             raise ApiError(400, f"{param}: {error.what}.", param=param, code="invalid_value") from None
+
+    def _constraint(self) -> dict[str, Any]:
+        """The one constraint that is asked for, by the name of its option."""
+        found = {
+            "response_format": {"json_schema": _json_schema(self.response_format)},
+            "structured_outputs": _structured(self.structured_outputs),
+            "tool_choice": {"json_schema": self._forced(self.functions())},
+        }
+        asked = {
+            param: option for param, option in found.items() if any(value is not None for value in option.values())
+        }
+        if len(asked) > 1:
+            param = list(asked)[1]
+            raise ApiError(
+                400, f"{param} cannot be combined with {next(iter(asked))}.", param=param, code="invalid_value"
+            )
+        return next(iter(asked.values()), {})
 
 
 def _refusal(error: ValidationError) -> ApiError:
@@ -184,52 +205,6 @@ def _check_extra(key: str, value: Any) -> None:
     raise ApiError(400, f"{key} is not a parameter of this service; leave it out.", param=key, code="unknown_parameter")
 
 
-def _message(message: dict[str, Any], where: str) -> Message:
-    role = message.get("role")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise ApiError(
-            400,
-            f"{where}.role must be system, developer, user or assistant, not {role!r}.",
-            param=f"{where}.role",
-            code="invalid_value" if role is not None else "missing_required_parameter",
-        )
-    for key, value in message.items():
-        if key not in ("role", "content") and value not in _MESSAGE_EMPTY:
-            raise ApiError(
-                400,
-                f"{where}.{key} is not supported; send role and content only.",
-                param=f"{where}.{key}",
-                code="unsupported_parameter",
-            )
-    # `developer` is the newer name of `system`; chat templates know the older one.
-    return {
-        "role": "system" if role == "developer" else role,
-        "content": _text(message.get("content"), f"{where}.content"),
-    }
-
-
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ApiError(400, f"{where} must be a string or a list of text parts.", param=where, code="invalid_value")
-    texts = []
-    for i, part in enumerate(content):
-        at = f"{where}[{i}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise ApiError(
-                400,
-                f"{at}.type: {kind!r} is not supported; this model reads text only.",
-                param=f"{at}.type",
-                code="unsupported_parameter",
-            )
-        if not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{at}.text must be a string.", param=f"{at}.text", code="invalid_value")
-        texts.append(part["text"])
-    return "".join(texts)  # nothing between them: the model reads what the client wrote
-
-
 def _stops(stop: Any) -> tuple[str, ...] | None:
     if stop is None:
         return None
@@ -246,6 +221,27 @@ def _stops(stop: Any) -> tuple[str, ...] | None:
             code="invalid_value",
         )
     return tuple(stops)
+
+
+def _bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    if bias is None:
+        return None
+    if wrong := next((token for token in bias if not (token.isascii() and token.isdigit())), None):
+        raise ApiError(400, f"logit_bias: {wrong!r} is no token id.", param="logit_bias", code="invalid_value")
+    return {int(token): value for token, value in bias.items()}
+
+
+def _structured(wanted: Any) -> dict[str, Any]:
+    if wanted is None:
+        return {}
+    if not isinstance(wanted, dict) or len(wanted) != 1 or (kind := next(iter(wanted))) not in _CONSTRAINTS:
+        raise ApiError(
+            400,
+            "structured_outputs must have one key: json, regex or grammar.",
+            param="structured_outputs",
+            code="invalid_value",
+        )
+    return {_CONSTRAINTS[kind]: wanted[kind]}
 
 
 def _json_schema(response_format: Any) -> Any:
@@ -273,45 +269,3 @@ def _json_schema(response_format: Any) -> Any:
             code="invalid_value",
         )
     return schema
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The `usage` object of an answer."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-class Reply:
-    """Makes the JSON objects of one answer: they share an id and a time.
-
-    Args:
-        model: the model's name.
-        include_usage: whether streamed pieces carry `usage`, null in all but the last.
-    """
-
-    def __init__(self, model: str, include_usage: bool = False) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._usage = {"usage": None} if include_usage else {}
-
-    def whole(self, text: str, finish_reason: str, used: dict[str, int]) -> dict[str, Any]:
-        """The answer in one piece (`chat.completion`)."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": used}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        """One streamed piece (`chat.completion.chunk`)."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **self._usage}
-
-    def usage_chunk(self, used: dict[str, int]) -> dict[str, Any]:
-        """The last streamed piece where `stream_options.include_usage` was set: no choice, only the count."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": used}
-
-
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """An entry of `/v1/models`."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "edgetune"}

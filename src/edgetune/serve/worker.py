@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FIRST_GUESS_S = 5.0  # how long an answer takes, before one was measured
 _MAX_RETRY_S = 60
+# Where the session's options come from in a request, where they have other names.
+_CONSTRAINTS = {"json_schema": "response_format", "regex": "structured_outputs", "grammar": "structured_outputs"}
 
 
 class QueueFull(Exception):
@@ -55,31 +57,33 @@ class Refused(Exception):
 
 
 class Answer:
-    """One request's generation: iterate for its text as it comes, then read `completion`.
+    """One request's generation: iterate for its pieces as they come, then read `completion`.
 
     Iterating raises Failed, Refused or Cancelled.
     """
 
-    def __init__(self, messages: Sequence[Message], options: GenerationOptions) -> None:
-        self.messages, self.options = messages, options
+    def __init__(
+        self, messages: Sequence[Message], options: GenerationOptions, tools: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.messages, self.options, self.tools = messages, options, tools
         self.completion: Completion | None = None
         self.task: asyncio.Task[Completion] | None = None
         self.stop = threading.Event()
         self.running = False
-        self.texts: asyncio.Queue[str | None] = asyncio.Queue()  # None: there will be no more
+        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: there will be no more
 
     def cancel(self) -> None:
         """Give the answer up. Safe to call at any time, and more than once."""
         if self.task is None or self.task.done():
             return
         self.stop.set()
-        self.texts.put_nowait(None)  # who reads need not wait for the model to come to a halt
+        self.pieces.put_nowait(None)  # who reads need not wait for the model to come to a halt
         if not self.running:
             self.task.cancel()  # still waiting: nothing of it is in the model's thread
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        while (text := await self.texts.get()) is not None:
-            yield text
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while (piece := await self.pieces.get()) is not None:
+            yield piece
         if self.task is None or self.stop.is_set():  # even where it ended meanwhile: not all text was read
             raise Cancelled
         error = self.task.exception()
@@ -126,7 +130,9 @@ class Worker:
         running = sum(answer.running for answer in self._answers)
         return running, len(self._answers) - running
 
-    def submit(self, messages: Sequence[Message], options: GenerationOptions) -> Answer:
+    def submit(
+        self, messages: Sequence[Message], options: GenerationOptions, tools: Sequence[dict[str, Any]] = ()
+    ) -> Answer:
         """Put a request at the end of the queue. To be called on the event loop.
 
         Raises:
@@ -137,7 +143,7 @@ class Worker:
             raise Cancelled
         if len(self._answers) > self._waiting:
             raise QueueFull(min(max(1, math.ceil(self._answer_s)), _MAX_RETRY_S))
-        answer = Answer(messages, options)
+        answer = Answer(messages, options, tools)
         self._answers.add(answer)
         answer.task = asyncio.get_running_loop().create_task(self._run(answer))
         answer.task.add_done_callback(lambda _: self._ended(answer))
@@ -145,7 +151,7 @@ class Worker:
 
     def _ended(self, answer: Answer) -> None:
         self._answers.discard(answer)
-        answer.texts.put_nowait(None)
+        answer.pieces.put_nowait(None)
         # Asking for the exception also marks it as seen: asyncio reports those that nobody asked for.
         if answer.task and not answer.task.cancelled() and answer.task.exception() is None:
             answer.completion = answer.task.result()
@@ -168,10 +174,10 @@ class Worker:
         try:
             for piece in self._pieces(answer):
                 completion = piece.completion
-                if piece.text and not answer.stop.is_set():
-                    loop.call_soon_threadsafe(answer.texts.put_nowait, piece.text)
+                if (piece.text or piece.logprobs) and not answer.stop.is_set():
+                    loop.call_soon_threadsafe(answer.pieces.put_nowait, piece)
         except InputError as error:
-            param = "response_format" if error.where == "json_schema" else None
+            param = _CONSTRAINTS.get(error.where or "", error.where)
             raise Refused(error.text(), param=param) from error
         finally:
             self._idle.set()
@@ -181,17 +187,17 @@ class Worker:
 
     def _pieces(self, answer: Answer) -> Iterator[Piece]:
         try:
-            prompt = self.session.render(answer.messages)
+            prompt = self.session.render(answer.messages, answer.tools)
             length, limit = len(self.session.encode(prompt)), self.session.artifact.max_length
         except InputError as error:
-            raise Refused(error.text(), param="messages") from error
+            raise Refused(error.text(), param="tools" if error.where == "tools" else "messages") from error
         if length >= limit:
             raise Refused(
                 f"The prompt has {length} tokens; the context holds {limit}, the answer's included.",
                 param="messages",
                 code="context_length_exceeded",
             )
-        return self.session.stream(prompt, answer.options, cancel=answer.stop)
+        return self.session.stream(prompt, answer.options, answer.stop, tools=answer.tools)
 
     def stop(self) -> None:
         """Cancel everything that runs or waits, and take no more."""

@@ -1,0 +1,224 @@
+"""One answer: the loop over its tokens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.completion import Completion, Piece, TokenLogprob, ToolCall
+from edgetune.runtime.guidance import Guide
+from edgetune.runtime.native import native
+from edgetune.runtime.options import GenerationOptions
+from edgetune.runtime.prefix import FAILED, Context, OnPrefill, Reader
+from edgetune.runtime.sampling import Sampler, likeliest, log_softmax
+from edgetune.runtime.stops import StopFilter
+from edgetune.runtime.tools import MARKS, ToolFilter
+from edgetune.runtime.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model gave in one go.
+
+    Attributes:
+        ids: one or several tokens.
+        logprobs: of each, where asked for.
+        ended: the native side has nothing to add.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an answer is made from.
+
+    Attributes:
+        ids: the prompt's tokens, at least one.
+        limit: most tokens of the answer, which have room in the context.
+        options: how.
+        cancel: ends it at the next token.
+        on_prefill: told how many tokens of the prompt are read, and how many there are.
+        tools: names of the functions whose calls are read from the answer.
+    """
+
+    ids: list[int]
+    limit: int
+    options: GenerationOptions
+    cancel: threading.Event
+    on_prefill: OnPrefill | None = None
+    tools: tuple[str, ...] = ()
+
+    @property
+    def names_tokens(self) -> bool:
+        """Whether it needs to know what single tokens stand for."""
+        return bool(self.tools) or self.options.logprobs is not None or self.options.prompt_logprobs is not None
+
+
+def cancelled(request: Request) -> Piece:
+    """The whole stream of an answer that was given up before it began."""
+    return Piece("", (), Completion("", (), "cancelled", len(request.ids), 0, None, None))
+
+
+class _Words:
+    """From tokens to what may be shown: whole characters, up to a stop string, without calls of tools.
+
+    Attributes:
+        said: all up to a stop string, calls as they were written.
+    """
+
+    def __init__(self, decoder: Any, vocabulary: Vocabulary | None, request: Request) -> None:
+        self._decoder = decoder
+        self.stops, self.said = StopFilter(request.options.stop), ""
+        self._tools = ToolFilter(request.tools) if request.tools else None
+        # Marks around calls are special tokens in some models, which the decoder leaves out.
+        special = vocabulary.special if vocabulary and request.tools else {}
+        self._marks = {token: text for token, text in special.items() if text in MARKS}
+
+    def feed(self, token: int) -> str:
+        text = self.stops.feed(self._marks.get(token) or self._decoder.decode(token))
+        self.said += text
+        return self._tools.feed(text) if self._tools else text
+
+    def rest(self) -> tuple[str, tuple[ToolCall, ...]]:
+        """What was held, when there are no more tokens; and the calls."""
+        text = self.stops.rest()
+        self.said += text
+        if self._tools is None:
+            return text, ()
+        shown = self._tools.feed(text)
+        left, calls = self._tools.rest()
+        return shown + left, calls
+
+
+class Answer:
+    """Answers one request.
+
+    Args:
+        reader: reads the prompt.
+        artifact: what the model was loaded from.
+        decoder: a native stream from tokens to text.
+        vocabulary: what tokens stand for; None where the request needs none.
+        request: what is asked for.
+    """
+
+    def __init__(
+        self, reader: Reader, artifact: Artifact, decoder: Any, vocabulary: Vocabulary | None, request: Request
+    ) -> None:
+        self._reader, self._artifact, self._vocabulary = reader, artifact, vocabulary
+        self._words = _Words(decoder, vocabulary, request)
+        self._request, self._options = request, request.options
+        self._guide = Guide.of(request.options)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The stream. The context is kept for the next prompt when it is read to its end or closed."""
+        started = time.perf_counter()
+        request = self._request
+        context = self._reader.begin(request.ids, request.limit, self._guide, self._reuse())
+        prompt_logprobs = self._read(context)
+        words = self._words
+        made: list[int] = []
+        text: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        ttft, decode_s = None, 0.0
+        reason: Literal["stop", "length", "cancelled"] | None = None
+        steps = self._steps(context)
+        while reason is None:
+            if request.cancel.is_set():
+                reason = "cancelled"
+                break
+            before = time.perf_counter()
+            step = next(steps)
+            now = time.perf_counter()
+            if ttft is None:
+                ttft = now - started
+            else:
+                decode_s += now - before
+            for place, token in enumerate(step.ids):
+                made.append(token)
+                text.append(words.feed(token))
+                found = step.logprobs[place : place + 1]
+                logprobs += found
+                if words.stops.found or token in self._artifact.stop_ids:
+                    reason = "stop"
+                elif len(made) >= request.limit:
+                    reason = "length"
+                elif step.ended and place == len(step.ids) - 1:  # the constraint has nothing to add
+                    reason = "stop"
+                try:
+                    yield Piece(text[-1], (token,), None, found)
+                except GeneratorExit:
+                    self._keep(context, made)
+                    raise
+                if reason:
+                    break
+        rest, calls = words.rest()
+        text.append(rest)
+        self._keep(context, made)
+        if self._guide is not None and reason == "stop" and not words.stops.found:
+            self._guide.check(words.said, self._artifact)
+        speed = (len(made) - 1) / decode_s if decode_s > 0 else None
+        counts = (len(request.ids), len(made), ttft, speed, context.cached)
+        asked = tuple(logprobs) if self._options.logprobs is not None else None
+        done = Completion("".join(text), tuple(made), reason, *counts, asked, prompt_logprobs, calls)
+        yield Piece(rest, (), done)
+
+    def _reuse(self) -> str:
+        return self._options.reuse if self._options.prompt_logprobs is None else "off"
+
+    def _keep(self, context: Context, made: list[int]) -> None:
+        context.ids += made[:-1]  # the last one was not read yet
+        self._reader.keep(context)
+
+    def _read(self, context: Context) -> tuple[TokenLogprob | None, ...] | None:
+        """Read the prompt; returns its tokens' log-probabilities, where asked for."""
+        ids, cancel, on_prefill = self._request.ids, self._request.cancel, self._request.on_prefill
+        if (count := self._options.prompt_logprobs) is None:
+            self._reader.read(context, ids, cancel, on_prefill)
+            return None
+        found: list[TokenLogprob | None] = [None]
+        for start, logits in self._reader.logits(context, ids, cancel, on_prefill):
+            for place, row in enumerate(log_softmax(logits), start + 1):
+                if place < len(ids):
+                    found.append(self._logprob(row, ids[place], count))
+        return None if len(found) < len(ids) else tuple(found)
+
+    def _steps(self, context: Context) -> Iterator[Step]:
+        """The answer's tokens, without an end: who reads them knows when it is enough. More than one token a step is
+        for ways of decoding that guess ahead."""
+        sampler = None
+        if not self._options.greedy:
+            size = int(self._artifact.config["model"]["vocab_size"])
+            sampler = Sampler(self._options, self._request.ids, size)
+        generator, fix = context.generator, self._guide.fix if self._guide else None
+        while True:
+            with native(FAILED, self._artifact, fix):
+                row = None
+                if sampler is not None:
+                    logits = generator.get_logits()
+                    flat = logits.reshape(-1)
+                    row = log_softmax(flat) if self._options.logprobs is not None else None
+                    generator.set_logits(sampler.scores(flat).reshape(logits.shape))
+                generator.generate_next_token()
+                token = int(generator.get_next_tokens()[0])
+                ended = generator.is_done()
+            if sampler is not None:
+                sampler.took(token)
+            logprobs = () if row is None else (self._logprob(row, token, self._options.logprobs or 0),)
+            yield Step((token,), logprobs, ended)
+
+    def _logprob(self, row: Any, token: int, count: int) -> TokenLogprob:
+        top = tuple(self._named(row, other) for other in likeliest(row, count))
+        return self._named(row, token, top)
+
+    def _named(self, row: Any, token: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        assert self._vocabulary is not None
+        data = self._vocabulary.bytes(token)
+        text = self._vocabulary.text(token)
+        return TokenLogprob(token, text, None if data is None else tuple(data), float(row[token]), top)

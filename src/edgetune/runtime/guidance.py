@@ -1,0 +1,101 @@
+"""Constraints: answers that fit a JSON Schema, a regular expression or a grammar, or are errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import Any
+
+from edgetune.errors import EdgetuneError, InputError
+from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.options import GenerationOptions
+
+# JSON as json.dumps writes it. Without this, small models put in white space until the tokens run out.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_NO_GRAMMAR = '{"type": "edgetune"}'  # no JSON Schema: a build that knows guidance refuses it
+_NATIVE = {"json_schema": "json_schema", "regex": "regex", "grammar": "lark_grammar"}
+_WORDS = {"json_schema": "JSON Schema", "regex": "regular expression", "grammar": "grammar"}
+_OTHER_DIALECT = re.compile(r"\[\[|&&|~~|--|\\[pPzA<>bBQK]|\(\?[a-zA-Z]*[uRx]")  # where Rust's and Python's differ
+
+
+class Guide:
+    """One constraint.
+
+    Args:
+        kind: the option that it was given by: json_schema, regex or grammar.
+        data: what that option says, as text.
+
+    Attributes:
+        key: tells constraints apart.
+        fix: what to do when the native side breaks off in the middle of an answer.
+    """
+
+    def __init__(self, kind: str, data: str) -> None:
+        self.kind, self._data = kind, data
+        self.key = (kind, data)
+        where = "JSON Schema's const, enum and pattern" if kind == "json_schema" else _WORDS[kind]
+        self.fix = f"leave emoji and other characters of several tokens out of the {where}"
+
+    @classmethod
+    def of(cls, options: GenerationOptions) -> Guide | None:
+        """The constraint that is asked for, if any."""
+        if options.json_schema is not None:
+            return cls("json_schema", json.dumps({"x-guidance": _JSON_STYLE, **options.json_schema}))
+        for kind in ("regex", "grammar"):
+            if (data := getattr(options, kind)) is not None:
+                return cls(kind, data)
+        return None
+
+    def generator(self, og: Any, model: Any, params: Any) -> Any:
+        """A native generator whose answers fit. Raises InputError where that cannot be done."""
+        try:
+            params.set_guidance(_NATIVE[self.kind], self._data)
+            return og.Generator(model, params)
+        except RuntimeError as error:
+            raise InputError(
+                f"the {_WORDS[self.kind].removeprefix('JSON ').lower()} cannot be followed: {' '.join(str(error).split())[:300]}",
+                where=self.kind,
+                fix="check it; not every JSON Schema keyword is supported"
+                if self.kind == "json_schema"
+                else "check it; regular expressions are those of Rust's regex, grammars those of llguidance (Lark)",
+            ) from error
+
+    def check(self, text: str, artifact: Artifact) -> None:
+        """Look once more at a finished answer: the native side does not see inside characters of several tokens, and a
+        broken one may swallow a quote. Grammars have no second reader here.
+
+        Raises:
+            EdgetuneError: it does not fit.
+        """
+        if self.kind == "json_schema":
+            try:
+                json.loads(text)
+            except json.JSONDecodeError as error:
+                raise _broken(f"so its JSON is not whole ({error})", artifact) from error
+        elif self.kind == "regex" and not _OTHER_DIALECT.search(self._data):
+            with contextlib.suppress(re.error):
+                if not re.fullmatch(self._data, text):
+                    raise _broken("so the answer does not fit the regular expression", artifact)
+
+
+def require_guidance(og: Any, model: Any) -> None:
+    """Raises EdgetuneError where this build of onnxruntime-genai has no guidance: it would only log that, and answer as
+    it likes."""
+    probe = og.GeneratorParams(model)
+    probe.set_search_options(max_length=2)
+    with contextlib.suppress(RuntimeError):
+        probe.set_guidance("json_schema", _NO_GRAMMAR)
+        og.Generator(model, probe)
+        raise EdgetuneError(
+            "this build of onnxruntime-genai cannot follow a JSON Schema, regular expression or grammar",
+            fix="`pip install --force-reinstall onnxruntime-genai`, or no constraint",
+        )
+
+
+def _broken(what: str, artifact: Artifact) -> EdgetuneError:
+    return EdgetuneError(
+        f"the model wrote a broken character, {what}",
+        where=artifact.path,
+        fix="ask again, with a lower temperature or another seed",
+    )
