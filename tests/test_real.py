@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conftest import _REAL_HOME, edgetune
+from conftest import _REAL_HOME, ROOT, edgetune
+from edgetune import runtime
+from edgetune.runtime.options import GenerationOptions
 
 pytestmark = pytest.mark.real
 
@@ -82,3 +85,57 @@ def test_our_int4_is_small_and_keeps_the_model(real: Path) -> None:
     export, verify = (json.loads((folder / name / "report.json").read_text()) for name in ("export", "verify"))
     assert verify["kld_mean"] < 0.05 and verify["top1_agreement"] > 0.9
     assert export["size_mb"] < 111 and export["quantization"]["spared"] == {}
+
+
+def test_a_conversation_s_answers_are_those_of_fresh_starts(real: Path) -> None:
+    """Bit for bit, log-probabilities included, though all but the end of each prompt is there already."""
+    known = []
+    asks = ["Who wrote Faust?", "Tell me about him, in some detail.", "Where was he born?", "And where did he die?"]
+    for options in ({}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 4}):
+        with runtime.load(real / "runs/quickstart") as session:
+            size, messages = (
+                session.artifact.prefill_tokens,
+                [{"role": "system", "content": "You know literature. " * 40}],
+            )
+            for ask in asks:
+                messages.append({"role": "user", "content": ask})
+                prompt: Any = messages
+                answer = session.generate(prompt, GenerationOptions(max_tokens=60, logprobs=3, **options))  # type: ignore[arg-type]
+                fresh = session.generate(
+                    prompt,
+                    GenerationOptions(max_tokens=60, logprobs=3, reuse="off", **options),  # type: ignore[arg-type]
+                )
+                assert (answer.ids, answer.logprobs) == (fresh.ids, fresh.logprobs) and fresh.cached_tokens == 0
+                again = session.generate(prompt, GenerationOptions(max_tokens=60, logprobs=3, **options))  # type: ignore[arg-type]
+                assert (again.ids, again.logprobs) == (fresh.ids, fresh.logprobs)
+                known.append((again.cached_tokens, (again.prompt_tokens - 1) // size * size))
+                messages.append({"role": "assistant", "content": answer.text})
+    assert all(found == most > 0 for found, most in known)
+
+
+@pytest.mark.slow
+def test_float32_says_what_transformers_says(real: Path) -> None:
+    """Greedy tokens of 50 prompts, and the log-probabilities of prompts and answers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    merged, artifact = real / "runs/quickstart/merged", real / "fp32"
+    done = edgetune("export", merged, "--target", "cpu-fp32", "--out", artifact, cwd=real, env=home(), timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (ROOT / "recipes/data/chat_validation.jsonl").read_text("utf-8").splitlines()]
+    rows += [json.loads(line) for line in (ROOT / "recipes/data/chat_train.jsonl").read_text("utf-8").splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    furthest, prompts = 0.0, 0
+    with runtime.load(artifact) as session, torch.no_grad():
+        for row in rows[:50]:
+            messages = row["messages"][:-1]
+            ids = session.encode(session.render(messages))
+            out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()
+            answer = session.generate(messages, GenerationOptions(max_tokens=24, logprobs=0, prompt_logprobs=0))
+            assert list(answer.ids) == out[len(ids) :], messages
+            exact = model(torch.tensor([out])).logits[0].log_softmax(-1)
+            found = [*(answer.prompt_logprobs or ()), *(answer.logprobs or ())][1:]
+            assert len(found) == len(out) - 1
+            far = (abs(entry.logprob - float(exact[n, out[n + 1]])) for n, entry in enumerate(found) if entry)
+            furthest, prompts = max(furthest, *far), prompts + 1
+    assert prompts == 50 and furthest < 1e-3, furthest

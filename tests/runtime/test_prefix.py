@@ -116,6 +116,13 @@ def test_after_a_cancel_and_a_closed_stream(session: Session, other: Session) ->
     assert session.generate(prompt, SHORT).cached_tokens == 0
 
 
+def test_a_system_prompt_is_read_ahead(session: Session, other: Session) -> None:
+    prompt: Any = [SYSTEM, {"role": "user", "content": "Hi."}]
+    assert session.read([SYSTEM]) > SIZE  # type: ignore[list-item]
+    answer = session.generate(prompt, SHORT)
+    assert answer.cached_tokens == SIZE and same(answer, fresh(other, prompt))
+
+
 def test_progress(session: Session) -> None:
     told: list[tuple[int, int]] = []
     prompt = "One two three four five six seven. " * 6

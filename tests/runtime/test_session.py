@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from artifacts import CONVERSATIONS, MAX_LENGTH, copy_of, edit_json, seal, tiny_artifact  # noqa: F401
 from edgetune import runtime
@@ -241,6 +244,29 @@ def test_characters_come_whole(session: Session, monkeypatch: pytest.MonkeyPatch
         assert piece.completion is not None
         assert (piece.completion.text, piece.completion.finish_reason) == (shown, "length")
     assert shown == wanted
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 383), min_size=1, max_size=40))
+def test_any_tokens_stream_as_whole_characters(session: Session, ids: list[int]) -> None:
+    """Whatever bytes a model writes: pieces are Unicode, and together what its tokens stand for, broken bytes aside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session._reader, "begin", lambda *_: Context(Scripted(ids), None, 1000))
+        stream = session.stream(ASK, GenerationOptions(max_tokens=len(ids)))
+        texts = [piece.text for piece in stream]
+    said = ids[: ids.index(2) + 1] if 2 in ids else ids
+    data = b"".join(session._vocabulary.bytes(token) or b"" for token in said)
+    for text in texts:
+        text.encode("utf-8")  # no half of a surrogate pair
+        assert "\ufffd" not in text or b"\xef\xbf\xbd" in data
+    shown = "".join(texts)
+    with contextlib.suppress(UnicodeDecodeError):
+        assert shown == data.decode("utf-8")
+    rest = data
+    for character in shown:  # in order, each of them was written
+        at = rest.find(character.encode())
+        assert at >= 0
+        rest = rest[at + len(character.encode()) :]
 
 
 def test_decode_gives_back_what_was_encoded(session: Session) -> None:
@@ -510,3 +536,43 @@ def test_import_is_light() -> None:
     took, native = done.stdout.split()
     assert float(took) < 0.25
     assert native == "False"
+
+
+LEAKS = """
+import json, psutil, sys, threading
+from edgetune import runtime
+from edgetune.runtime.options import GenerationOptions
+
+KINDS = [
+    {}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2, "prompt_logprobs": 1}, {"reuse": "fast"}, {"reuse": "off"},
+    {"regex": "[a-c]{2,4}"}, {"stop": ("a",)},
+    {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "frequency_penalty": 0.1},
+]
+process, used = psutil.Process(), []
+with runtime.load(sys.argv[1]) as session:
+    for n in range(10_000):
+        options = GenerationOptions(max_tokens=4, **KINDS[n % len(KINDS)])
+        prompt, cancel = f"Question {n}: " + "one two three " * (n % 7), threading.Event()
+        if n % 5 == 0:
+            stream = session.stream(prompt, options, cancel)
+            next(stream)
+            if n % 2:
+                cancel.set()
+                list(stream)
+            stream.close()
+        else:
+            session.generate(prompt, options)
+        if n % 1000 == 999:
+            used.append(process.memory_info().rss / 1e6)
+print(json.dumps(used))
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_generations_leak_nothing(tiny_artifact: Path) -> None:  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "-c", LEAKS, str(tiny_artifact)], capture_output=True, text=True, timeout=540, check=True
+    )
+    used = json.loads(done.stdout)
+    slope = (used[-1] - used[1]) / (len(used) - 2) * 1000  # bytes a generation, after the first two thousand
+    assert slope < 300, used

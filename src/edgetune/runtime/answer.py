@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgetune.runtime.artifact import Artifact
@@ -66,6 +66,30 @@ def cancelled(request: Request) -> Piece:
     return Piece("", (), Completion("", (), "cancelled", len(request.ids), 0, None, None))
 
 
+@dataclass
+class _Made:
+    """What there is of an answer."""
+
+    started: float
+    ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: Literal["stop", "length", "cancelled"] = "cancelled"  # unless something else ends it
+    ttft_s: float | None = None
+    decode_s: float = 0.0
+
+    def timed(self, before: float) -> None:
+        """A step that began at `before` has ended."""
+        now = time.perf_counter()
+        if self.ttft_s is None:
+            self.ttft_s = now - self.started
+        else:
+            self.decode_s += now - before
+
+    def speed(self) -> float | None:
+        return (len(self.ids) - 1) / self.decode_s if self.decode_s > 0 else None
+
+
 class _Words:
     """From tokens to what may be shown: whole characters, up to a stop string, without calls of tools.
 
@@ -118,62 +142,53 @@ class Answer:
 
     def pieces(self) -> Iterator[Piece]:
         """The stream. The context is kept for the next prompt when it is read to its end or closed."""
-        started = time.perf_counter()
-        request = self._request
-        context = self._reader.begin(request.ids, request.limit, self._guide, self._reuse())
+        made = _Made(time.perf_counter())
+        context = self._reader.begin(self._request.ids, self._request.limit, self._guide, self._reuse())
         prompt_logprobs = self._read(context)
-        words = self._words
-        made: list[int] = []
-        text: list[str] = []
-        logprobs: list[TokenLogprob] = []
-        ttft, decode_s = None, 0.0
-        reason: Literal["stop", "length", "cancelled"] | None = None
+        try:
+            yield from self._written(context, made)
+        except GeneratorExit:
+            self._keep(context, made)
+            raise
+        rest, calls = self._words.rest()
+        made.text.append(rest)
+        self._keep(context, made)
+        if self._guide is not None and made.reason == "stop" and not self._words.stops.found:
+            self._guide.check(self._words.said, self._artifact)
+        counts = (len(self._request.ids), len(made.ids), made.ttft_s, made.speed(), context.cached)
+        logprobs = tuple(made.logprobs) if self._options.logprobs is not None else None
+        text = "".join(made.text)
+        done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls)
+        yield Piece(rest, (), done)
+
+    def _written(self, context: Context, made: _Made) -> Iterator[Piece]:
+        """The pieces up to where the answer ends."""
         steps = self._steps(context)
-        while reason is None:
-            if request.cancel.is_set():
-                reason = "cancelled"
-                break
+        while not self._request.cancel.is_set():
             before = time.perf_counter()
             step = next(steps)
-            now = time.perf_counter()
-            if ttft is None:
-                ttft = now - started
-            else:
-                decode_s += now - before
+            made.timed(before)
             for place, token in enumerate(step.ids):
-                made.append(token)
-                text.append(words.feed(token))
                 found = step.logprobs[place : place + 1]
-                logprobs += found
-                if words.stops.found or token in self._artifact.stop_ids:
-                    reason = "stop"
-                elif len(made) >= request.limit:
-                    reason = "length"
-                elif step.ended and place == len(step.ids) - 1:  # the constraint has nothing to add
-                    reason = "stop"
-                try:
-                    yield Piece(text[-1], (token,), None, found)
-                except GeneratorExit:
-                    self._keep(context, made)
-                    raise
-                if reason:
-                    break
-        rest, calls = words.rest()
-        text.append(rest)
-        self._keep(context, made)
-        if self._guide is not None and reason == "stop" and not words.stops.found:
-            self._guide.check(words.said, self._artifact)
-        speed = (len(made) - 1) / decode_s if decode_s > 0 else None
-        counts = (len(request.ids), len(made), ttft, speed, context.cached)
-        asked = tuple(logprobs) if self._options.logprobs is not None else None
-        done = Completion("".join(text), tuple(made), reason, *counts, asked, prompt_logprobs, calls)
-        yield Piece(rest, (), done)
+                made.ids.append(token)
+                made.logprobs += found
+                made.text.append(self._words.feed(token))
+                ended = step.ended and place == len(step.ids) - 1  # the constraint has nothing to add
+                if self._words.stops.found or token in self._artifact.stop_ids:
+                    made.reason = "stop"
+                elif len(made.ids) >= self._request.limit:
+                    made.reason = "length"
+                elif ended:
+                    made.reason = "stop"
+                yield Piece(made.text[-1], (token,), None, found)
+                if made.reason != "cancelled":
+                    return
 
     def _reuse(self) -> str:
         return self._options.reuse if self._options.prompt_logprobs is None else "off"
 
-    def _keep(self, context: Context, made: list[int]) -> None:
-        context.ids += made[:-1]  # the last one was not read yet
+    def _keep(self, context: Context, made: _Made) -> None:
+        context.ids += made.ids[:-1]  # the last one was not read yet
         self._reader.keep(context)
 
     def _read(self, context: Context) -> tuple[TokenLogprob | None, ...] | None:

@@ -81,6 +81,26 @@ class Session:
             self._model = self._tokenizer = None
             del self._reader, self._template
 
+    def read(self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
+        """Read a prompt ahead, such as a system prompt that conversations will begin with.
+
+        Whole pieces of `Artifact.prefill_tokens` of it are kept for the prompts that follow, as long as these begin with
+        it.
+
+        Returns:
+            Its tokens.
+
+        Raises:
+            InputError: as `stream`.
+        """
+        request = self._request(prompt, GenerationOptions(), None, tools, None)
+        with self._lock:
+            self._open()
+            context = self._reader.begin(request.ids, request.limit, None, request.options.reuse)
+            self._reader.read(context, request.ids, request.cancel)
+            self._reader.keep(context)
+        return len(request.ids)
+
     def forget(self) -> None:
         """Free what is kept of the last prompt: its KV cache, for the length that was asked for."""
         with self._lock:
@@ -138,23 +158,7 @@ class Session:
                 constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
-        options = options or GenerationOptions()
-        ids = self.encode(prompt if isinstance(prompt, str) else self.render(prompt, tools))
-        if not ids:
-            raise InputError("the prompt is empty", fix="give some text")
-        room = self.artifact.max_length - len(ids)
-        if room < 1:
-            raise InputError(
-                f"the prompt has {len(ids):,} tokens; the context holds {self.artifact.max_length:,}, "
-                "the answer's included",
-                fix="shorten it, or export with a larger export.max_length",
-            )
-        size = int(self.artifact.config["model"]["vocab_size"])
-        if (unknown := max(options.logit_bias, default=0)) >= size:
-            raise InputError(f"the model has {size:,} tokens, none with id {unknown}", where="logit_bias")
-        limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
-        names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        return self._stream(Request(ids, limit, options, cancel or threading.Event(), on_prefill, names))
+        return self._stream(self._request(prompt, options or GenerationOptions(), cancel, tools, on_prefill))
 
     def generate(
         self,
@@ -171,6 +175,32 @@ class Session:
             found = piece.completion
         assert found is not None
         return found
+
+    def _request(
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerationOptions,
+        cancel: threading.Event | None,
+        tools: Sequence[dict[str, Any]],
+        on_prefill: OnPrefill | None,
+    ) -> Request:
+        """What is asked for, checked. Raises InputError."""
+        ids = self.encode(prompt if isinstance(prompt, str) else self.render(prompt, tools))
+        if not ids:
+            raise InputError("the prompt is empty", fix="give some text")
+        room = self.artifact.max_length - len(ids)
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(ids):,} tokens; the context holds {self.artifact.max_length:,}, "
+                "the answer's included",
+                fix="shorten it, or export with a larger export.max_length",
+            )
+        size = int(self.artifact.config["model"]["vocab_size"])
+        if (unknown := max(options.logit_bias, default=0)) >= size:
+            raise InputError(f"the model has {size:,} tokens, none with id {unknown}", where="logit_bias")
+        limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
+        names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
+        return Request(ids, limit, options, cancel or threading.Event(), on_prefill, names)
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         while not self._lock.acquire(timeout=_WAIT_S):
