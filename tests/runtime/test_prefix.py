@@ -116,6 +116,22 @@ def test_after_a_cancel_and_a_closed_stream(session: Session, other: Session) ->
     assert session.generate(prompt, SHORT).cached_tokens == 0
 
 
+def test_cancelled_at_any_token(session: Session, other: Session) -> None:
+    prompt: Any = [SYSTEM, {"role": "user", "content": "Hi."}]
+    whole = fresh(other, prompt)
+    for reuse in ("exact", "fast"):
+        for at in range(1, 6):
+            cancel = threading.Event()
+            options = GenerationOptions(max_tokens=12, temperature=1.0, seed=at, reuse=reuse)  # type: ignore[arg-type]
+            ends = []
+            for number, piece in enumerate(session.stream(prompt, options, cancel), 1):
+                ends.append(piece.completion)
+                if number == at:
+                    cancel.set()
+            assert ends[-1] is not None and ends[-1].completion_tokens == at
+            assert same(session.generate(prompt, SHORT), whole)
+
+
 def test_a_system_prompt_is_read_ahead(session: Session, other: Session) -> None:
     prompt: Any = [SYSTEM, {"role": "user", "content": "Hi."}]
     assert session.read([SYSTEM]) > SIZE  # type: ignore[list-item]

@@ -102,8 +102,8 @@ class _Words:
         self.stops, self.said = StopFilter(request.options.stop), ""
         self._tools = ToolFilter(request.tools) if request.tools else None
         # Marks around calls are special tokens in some models, which the decoder leaves out.
-        special = vocabulary.special if vocabulary and request.tools else {}
-        self._marks = {token: text for token, text in special.items() if text in MARKS}
+        added = vocabulary.added if vocabulary and request.tools else {}
+        self._marks = {token: text for token, text in added.items() if text in MARKS}
 
     def feed(self, token: int) -> str:
         text = self.stops.feed(self._marks.get(token) or self._decoder.decode(token))

@@ -20,7 +20,8 @@ class Vocabulary:
         path: tokenizer.json.
 
     Attributes:
-        special: text of the tokens that stand for no text, by id.
+        added: text of the tokens that are no pieces of words, by id.
+        special: those of them that stand for no text.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +31,7 @@ class Vocabulary:
         self._texts: dict[int, str] = {int(number): text for text, number in entries}
         added = {int(token["id"]): token for token in found.get("added_tokens", [])}
         self.special = {number: str(token["content"]) for number, token in added.items() if token.get("special")}
-        self._plain = {number: str(token["content"]) for number, token in added.items()}
+        self.added = {number: str(token["content"]) for number, token in added.items()}
         self._byte_level = "ByteLevel" in str(found.get("decoder"))
         self._letters = _letters() if self._byte_level else {}
 
@@ -38,8 +39,8 @@ class Vocabulary:
         """The token's bytes; None for a special token, and for an id that stands for nothing."""
         if token in self.special:
             return None
-        if token in self._plain:
-            return self._plain[token].encode()
+        if token in self.added:
+            return self.added[token].encode()
         text = self._texts.get(token)
         if text is None:
             return None

@@ -68,7 +68,7 @@ class Reply:
     def _calls(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
         return [
             {
-                "id": f"call_{uuid.uuid4().hex}",
+                "id": uuid.uuid4().hex[:9],  # Mistral's templates take no longer ones, and letters and digits only
                 "type": "function",
                 "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
             }
