@@ -363,7 +363,7 @@ class Pipeline:
             seal(out, work)
 
     def _bench(self, work: Work) -> None:
-        from edgetune.runtime.bench import bench
+        from edgetune.runtime.bench.measure import bench
 
         with staged_folder(self.folder.output("bench")) as out:
             bench(self.folder.output("export"), self.recipe.bench, out)

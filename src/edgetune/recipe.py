@@ -15,6 +15,7 @@ from edgetune.recipe_train import DistributedSection, EarlyStopping, MergeSectio
 
 __all__ = [
     "AutoValidation",
+    "BenchOptions",
     "BenchSection",
     "DataSection",
     "DistributedSection",
@@ -171,6 +172,21 @@ class BenchSection(Section):
     warmup: int = Field(1, ge=0, description="Rounds that are not counted.")
     repetitions: int = Field(5, ge=1, description="Rounds that are counted, each with a prompt of its own.")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when not given.")
+
+
+class BenchOptions(Section):
+    """What `edgetune bench` measures beyond the run's own short measurement."""
+
+    workloads: tuple[str, ...] = Field(
+        (), description="ppN, tgN, ppN+tgM, chat, copy or standard; one prompt and answer when empty."
+    )
+    depths: tuple[int, ...] = Field((), description="Tokens that stand in the context already, for ppN and tgN.")
+    batch_sizes: tuple[int, ...] = Field((), description="Rows worked at together, for ppN and tgN.")
+    prompts: str | None = Field(None, description="A file of your own prompts.")
+    threads: tuple[int, ...] = Field((), description="Thread counts to measure in turn.")
+    provider: str | None = Field(None, description="Execution provider, in place of the one that it was exported for.")
+    stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
+    loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
 
 
 class Recipe(Section):

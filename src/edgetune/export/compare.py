@@ -107,7 +107,7 @@ def _reported(artifact: Path) -> dict[str, Any]:
 
 def _measured(row: dict[str, Any], artifact: Path, measure: Measure) -> dict[str, Any]:
     """Verify and bench it now. What fails is told in the row, so that the others are not lost."""
-    from edgetune.runtime.bench import bench
+    from edgetune.runtime.bench.measure import bench
 
     say(f"{row['name']}:")
     verified = benched = error = None

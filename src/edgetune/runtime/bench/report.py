@@ -1,0 +1,241 @@
+"""From samples to a report: what `schema.json` describes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import InputError
+from edgetune.files import digest, read_json
+from edgetune.runtime.bench.schedule import Measured, Rounds
+from edgetune.runtime.bench.statistics import summary
+
+FORMAT = "edgetune/bench/1"
+SCHEMA = Path(__file__).with_name("schema.json")
+TIMES = ("tokenization_ms", "prefill_ms", "sampling_ms", "decode_ms", "detokenization_ms")
+METRICS = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "prefill_tokens_per_s", "decode_tokens_per_s", *TIMES)
+_SPREAD = 0.25  # noise: the fastest round's decode rate over the slowest's, as a share of the median
+_OTHERS = 0.1  # noise: what other programs use of all cores
+_LEAST_BYTES = 16 << 20  # fewer weights stay in a cache between two steps
+_MOST_SIBLINGS = 24
+_FREQUENCY = 0.1  # noise: the range of the cores' frequency between rounds, as a share of the highest
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of reports."""
+    return dict(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
+    """A sample with what follows from its times: rates over all rows of a batch, time per output token, end to end.
+
+    decode_ms: a token's time without sampling it; sampling is timed on the first token, whose logits are there already.
+    """
+    times, first = sample["itl_ms"], sample["ttft_ms"]
+    tpot = sum(times) / len(times) if times else None
+    found = dict(sample)
+    found["prefill_tokens_per_s"] = _rate(batch * (sample["prompt_tokens"] or 0), first)
+    found["decode_tokens_per_s"] = _rate(batch, tpot)
+    found["tpot_ms"] = None if tpot is None else round(tpot, 4)
+    sampling = sample.get("sampling_ms")
+    found["decode_ms"] = None if tpot is None or sampling is None else round(max(tpot - sampling, 0.0), 4)
+    if found.get("e2e_ms") is None:
+        around = (sample.get("tokenization_ms") or 0) + (sample.get("detokenization_ms") or 0)
+        found["e2e_ms"] = None if first is None else round(around + first + sum(times), 3)
+    return found
+
+
+def _rate(tokens: float, ms: float | None) -> float | None:
+    return round(tokens / ms * 1e3, 3) if ms and tokens else None
+
+
+def summaries(rounds: Rounds) -> dict[str, Any]:
+    """Each metric's summary over the samples of all rounds, None where nothing was measured of it.
+
+    Args:
+        rounds: derived samples.
+    """
+    found: dict[str, Any] = {}
+    for name in METRICS:
+        values = [_values(samples, name) for samples in rounds]
+        pooled = [value for part in values for value in part]
+        means = [sum(part) / len(part) for part in values if part]
+        found[name] = summary(pooled, means) if pooled else None
+    return found
+
+
+def _values(samples: Sequence[dict[str, Any]], name: str) -> list[float]:
+    if name == "itl_ms":
+        return [ms for sample in samples for ms in sample["itl_ms"]]
+    return [sample[name] for sample in samples if sample.get(name) is not None]
+
+
+def entry(measured: Measured, read_bytes: int | None, bandwidth: float | None) -> tuple[dict[str, Any], Rounds]:
+    """One workload of a report, and its derived samples.
+
+    Args:
+        read_bytes: weights that a decoding step reads.
+        bandwidth: of the memory, GB/s.
+    """
+    work = measured.work
+    rounds = [[derived(sample, work.batch) for sample in samples] for samples in measured.rounds]
+    tokens = [sample["tokens"] for samples in rounds for sample in samples]
+    found: dict[str, Any] = {
+        "name": work.name,
+        "kind": work.kind,
+        "prompt_tokens": _lengths(rounds, "prompt_tokens"),
+        "new_tokens": _lengths(rounds, "new_tokens"),
+        "depth": work.depth,
+        "batch": work.batch,
+        "concurrency": None,
+        "rounds": len(rounds),
+        **summaries(rounds),
+        "tokens": sum(len(row) for row in tokens if row and isinstance(row[0], int))
+        + sum(len(row) for rows in tokens for row in rows if isinstance(row, list)),
+        "tokens_sha256": digest(tokens),
+        "peak_rss_mb": measured.peak_rss_mb,
+        "peak_pss_mb": measured.peak_pss_mb,
+        **measured.meter,
+    }
+    found["energy_j_per_token"] = _per_token(found["energy_j"], found["tokens"])
+    steps = found["tpot_ms"] and 1e3 / found["tpot_ms"]["p50"]
+    from_memory = read_bytes is not None and read_bytes >= _LEAST_BYTES
+    found["bandwidth_share"] = (
+        round(read_bytes * steps / 1e9 / bandwidth, 4) if read_bytes and from_memory and bandwidth and steps else None
+    )
+    quoted = [sample["quoted"] for samples in rounds for sample in samples if sample.get("quoted") is not None]
+    found["quoted"] = round(sum(quoted) / len(quoted), 4) if quoted else None
+    if measured.quiet:
+        quiet = [[derived(sample, work.batch) for sample in samples] for samples in measured.quiet]
+        found["quiet"] = summaries(quiet)
+    return found, rounds
+
+
+def _lengths(rounds: Rounds, name: str) -> int:
+    """The median of what the samples had."""
+    found = sorted(sample[name] or 0 for samples in rounds for sample in samples)
+    return int(found[len(found) // 2]) if found else 0
+
+
+def _per_token(joules: float | None, tokens: int) -> float | None:
+    return round(joules / tokens, 5) if joules is not None and tokens else None
+
+
+def top(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a report says first: each metric of the first workload that has it."""
+    found: dict[str, Any] = {}
+    for name in METRICS:
+        found[name] = next((entry[name] for entry in entries if entry[name]), None)
+    reads = next((entry for entry in entries if entry["ttft_ms"]), entries[0])
+    writes = next((entry for entry in entries if entry["itl_ms"]), entries[0])
+    found |= {"prompt_tokens": reads["prompt_tokens"], "new_tokens": writes["new_tokens"]}
+    found["others_busy_cores"] = max(
+        (entry["others_busy_cores"] for entry in entries if entry["others_busy_cores"] is not None), default=None
+    )
+    found["bandwidth_share"] = writes["bandwidth_share"]
+    return found
+
+
+def flat(name: str, rounds: Rounds) -> list[dict[str, Any]]:
+    """Samples as a report keeps them: each with its workload and round, without the tokens themselves."""
+    return [
+        {"workload": name, "round": number, **{key: value for key, value in sample.items() if key != "tokens"}}
+        for number, samples in enumerate(rounds, 1)
+        for sample in samples
+    ]
+
+
+def noise(entries: Sequence[dict[str, Any]], cores: int) -> list[str]:
+    """What makes the numbers doubtful.
+
+    The load average is no sign: it also holds what edgetune itself did just before. So it is measured what other
+    programs use during the rounds.
+    """
+    found = []
+    others = max((entry["others_busy_cores"] or 0 for entry in entries), default=0)
+    if others > _OTHERS * cores:
+        found.append(f"other programs used {others:.1f} of {cores} cores meanwhile; close them, measure again")
+    for entry in entries:
+        rates = entry["decode_tokens_per_s"] or entry["prefill_tokens_per_s"]
+        what = "decode" if entry["decode_tokens_per_s"] else "prefill"
+        spread = (rates["max"] - rates["min"]) / rates["p50"] if rates and entry["kind"] == "drawn" else 0
+        if spread > _SPREAD:
+            found.append(f"{entry['name']}: {what} rates differ by {spread:.0%} between rounds; measure more of them")
+    spans = [entry["frequency_mhz"] for entry in entries if entry["frequency_mhz"]]
+    if spans:
+        low, high = min(span["min"] for span in spans), max(span["max"] for span in spans)
+        if high and (high - low) / high > _FREQUENCY:
+            found.append(f"the cores ran at {low:,.0f} to {high:,.0f} MHz; let them cool, or fix their frequency")
+    if any(entry["throttled"] for entry in entries):
+        found.append("cores were slowed down for heat meanwhile; let them cool, measure again")
+    return found
+
+
+def fair_share(threads: int, busy: int, cores: float) -> float:
+    """What so many threads keep of their speed beside so many busy ones, where a processor is shared evenly."""
+    alone = min(threads, cores)
+    return min(1.0, threads * cores / (threads + busy) / alone)
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """A report that was saved. Raises InputError where it is none."""
+    report = read_json(file)
+    fix = "give a report.json that `edgetune bench --out` wrote"
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise InputError(f"is not a report of the format {FORMAT!r}", where=file, fix=fix)
+    if not isinstance(report.get("workloads"), list) or not isinstance(report.get("samples"), list):
+        raise InputError("has no workloads and samples: it is of an older edgetune", where=file, fix="measure it again")
+    try:
+        for sample in report["samples"]:
+            _ = sample["workload"], sample["round"], sample["decode_tokens_per_s"], sample["prefill_tokens_per_s"]
+        for one in report["workloads"]:
+            _ = one["name"], one["tokens_sha256"], one["peak_rss_mb"]
+        _ = report["artifact"], report["hardware"]["cpu"]["model"], report["threads"], report["size_mb"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"lacks {error}", where=file, fix=fix) from error
+    return report
+
+
+def quality(folder: Path) -> dict[str, Any] | None:
+    """What the run's `verify` said of this artifact; None where it lies in no run, or was not verified."""
+    file = folder.parent / "verify" / "report.json"
+    if folder.name != "artifact" or not file.is_file():
+        return None
+    found = read_json(file)
+    keys = ("kld_mean", "top1_agreement", "passed")
+    return {key: found[key] for key in keys} if isinstance(found, dict) and set(keys) <= found.keys() else None
+
+
+def siblings(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Quality, speed and size of this artifact and of those of the runs beside its own, as their reports have them.
+
+    Args:
+        folder: the artifact.
+        report: of this measurement, with its quality.
+    """
+    if report["quality"] is None:
+        return []
+    rate = report["decode_tokens_per_s"]
+    now = {"decode_tokens_per_s": rate and rate["p50"], "size_mb": report["size_mb"], **report["quality"]}
+    found = [{"name": folder.parent.name, "this": True, **now}]
+    for file in sorted(folder.parent.parent.glob("*/bench/report.json"))[:_MOST_SIBLINGS]:
+        other = file.parent.parent / "artifact"
+        try:
+            theirs, said = read_json(file), quality(other)
+            same = theirs["hardware"]["cpu"]["model"] == report["hardware"]["cpu"]["model"]
+            speed, size = float(theirs["decode_tokens_per_s"]["p50"]), float(theirs["size_mb"])
+        except (InputError, KeyError, TypeError, ValueError):
+            continue  # a report that is broken is no matter here
+        if said and same and other != folder:
+            found.append(
+                {"name": other.parent.name, "this": False, "decode_tokens_per_s": speed, "size_mb": size, **said}
+            )
+    return found
+
+
+def machine_now(found: dict[str, Any]) -> dict[str, Any]:
+    """`hardware()` as a report keeps it."""
+    return {name: value for name, value in found.items() if name != "load_average"} | {"machine": platform.machine()}

@@ -1,0 +1,205 @@
+"""Reports as a table for people, as CSV and as markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def table(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report for people: rows of what and value."""
+    entries = report["workloads"]
+    return [
+        *_head(report),
+        *(_one(entries[0]) if len(entries) == 1 else _several(entries)),
+        *_device(report),
+        ("tokens", f"{report['tokens']:,}, SHA-256 {report['tokens_sha256'][:16]}…"),
+        *_scaling(report),
+        *_stress(report),
+        *_comparison(report),
+        *(("warning", text) for text in report["warnings"]),
+    ]
+
+
+def _head(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu = report["hardware"]["cpu"]
+    if report["target"]["kind"] == "http":
+        yield "service", f"{report['target']['url']}, model {report['artifact']}"
+        yield "measured from", f"{cpu['model']}, {cpu['usable_cores']} cores"
+    else:
+        threads = f"{report['threads']} thread{'s' * (report['threads'] != 1)}"
+        provider = report["target"]["provider"]
+        where = "" if provider == "cpu" else f", {provider}"
+        yield "artifact", f"{report['artifact']}, {report['size_mb']:,.1f} MB"
+        yield "measured on", f"{cpu['model']}, {cpu['usable_cores']} cores, {threads}{where}"
+    lengths = ""
+    if len(report["workloads"]) == 1:
+        one = report["workloads"][0]
+        lengths = f", {one['prompt_tokens']} prompt tokens, {one['new_tokens']} new tokens"
+    yield "rounds", f"{report['workloads'][0]['rounds']} after {report['warmup']} to warm up{lengths}"
+
+
+def _one(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if entry["kind"] != "drawn" or entry["depth"] or entry["batch"] > 1 or not entry["itl_ms"] or not entry["ttft_ms"]:
+        yield "workload", entry["name"]
+    if entry["ttft_ms"]:
+        yield "time to first token", _percentiles(entry["ttft_ms"], 1)
+    for name in ("prefill", "decode"):
+        if entry[f"{name}_tokens_per_s"]:
+            yield name, _rate(entry[f"{name}_tokens_per_s"])
+    for name, what, digits in (
+        ("tpot_ms", "time per output token", 2),
+        ("itl_ms", "inter-token latency", 2),
+        ("e2e_ms", "end to end", 1),
+    ):
+        if entry[name]:
+            yield what, _percentiles(entry[name], digits)
+    if parts := _apart(entry):
+        yield "apart", parts
+    if entry["quoted"] is not None:
+        yield "quoted", f"{entry['quoted']:.0%} of the answers stand in their prompts"
+
+
+def _several(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for entry in entries:
+        parts = []
+        for name in ("prefill", "decode"):
+            if entry[f"{name}_tokens_per_s"]:
+                parts.append(f"{name} {_rate(entry[f'{name}_tokens_per_s'])}")
+        if entry["ttft_ms"]:
+            parts.append(f"first token p50 {entry['ttft_ms']['p50']:,.1f} ms")
+        if entry["itl_ms"]:
+            parts.append(f"between tokens p50 {entry['itl_ms']['p50']:,.2f}, p99 {entry['itl_ms']['p99']:,.2f} ms")
+        if entry["concurrency"]:
+            parts.append(f"in all {entry['total_tokens_per_s']:,.1f} tokens/s, {entry['errors']} failed")
+        if entry["quoted"] is not None:
+            parts.append(f"{entry['quoted']:.0%} quoted")
+        yield entry["name"], "; ".join(parts)
+
+
+def _apart(entry: dict[str, Any]) -> str:
+    names = {
+        "tokenization_ms": "tokenization",
+        "prefill_ms": "prefill",
+        "sampling_ms": "sampling a token",
+        "decode_ms": "decoding it",
+        "detokenization_ms": "making text",
+    }
+    return ", ".join(f"{what} {entry[name]['p50']:,.3g} ms" for name, what in names.items() if entry[name])
+
+
+def _device(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if report["target"]["kind"] == "http":
+        if report["peak_rss_mb"]:
+            yield "service's memory", f"{report['peak_rss_mb']:,.1f} MB at most"
+        return
+    load = report["load"]
+    if load:
+        cold = f"{load['cold_s']['p50']:.2f} s from disk, " if load["cold_s"] else ""
+        yield "load", f"{cold}{load['warm_s']['p50']:.2f} s from the page cache, the hashes checked"
+        if load["note"]:
+            yield "load from disk", f"not measured: {load['note']}"
+    else:
+        yield "load", f"{report['load_s']:.2f} s, after {report['verify_s']:.2f} s to check the hashes"
+    pss = report["peak_pss_mb"]
+    yield "peak memory", f"{report['peak_rss_mb']:,.1f} MB" + (f" (PSS {pss:,.1f} MB)" if pss else "")
+    if report["bandwidth_share"]:
+        yield (
+            "memory bandwidth",
+            f"{report['bandwidth_gb_s']:,.1f} GB/s read at most; decoding reads {report['read_bytes_per_step'] / 1e6:,.1f} MB "
+            f"of weights a token: {report['bandwidth_share']:.0%}",
+        )
+    if report["energy_j"] is not None and report["tokens"]:
+        yield "energy", f"{report['energy_j']:,.1f} J, {report['energy_j'] / report['tokens']:.3f} J a token"
+    if quality := report["quality"]:
+        gate = "passed" if quality["passed"] else "not passed"
+        yield (
+            "quality",
+            f"KL {quality['kld_mean']:.4f} nats, best token agrees {quality['top1_agreement']:.1%}, gate {gate}",
+        )
+
+
+def _scaling(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    base = (report["scaling"] or [None])[0]
+    for found in report["scaling"] or ():
+        parts = []
+        for name in ("prefill", "decode"):
+            rate, first = found[f"{name}_tokens_per_s"], base[f"{name}_tokens_per_s"]
+            if rate:
+                parts.append(f"{name} {rate['p50']:,.1f} tokens/s ({rate['p50'] / first['p50']:.2f}×)")
+        yield f"{found['threads']} thread{'s' * (found['threads'] != 1)}", ", ".join(parts)
+
+
+def _stress(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if stress := report["stress"]:
+        yield "under stress", f"all numbers are of rounds beside {stress['processes']} busy processes"
+        for found in stress["workloads"]:
+            span = f" ({found['ci95'][0]:.2f} to {found['ci95'][1]:.2f})" if found["ci95"] else ""
+            yield (
+                f"kept in {found['workload']}",
+                f"{found['kept']:.2f} of the speed without them{span}; an even share is {stress['fair_share']:.2f}",
+            )
+
+
+def _comparison(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if found := report["comparison"]:
+        yield "compared with", found["baseline"] + (", in turn" if found["interleaved"] else ", measured before")
+        for text in found["verdict"]:
+            yield "verdict", text
+        for text in found["notes"]:
+            yield "note", text
+
+
+def _rate(found: dict[str, Any]) -> str:
+    span = f" (mean {found['ci95'][0]:,.1f} to {found['ci95'][1]:,.1f})" if found["ci95"] else ""
+    return f"{found['p50']:,.1f} tokens/s{span}"
+
+
+def _percentiles(found: dict[str, Any], digits: int) -> str:
+    return ", ".join(f"{name} {found[name]:,.{digits}f} ms" for name in ("p50", "p95", "p99"))
+
+
+def as_csv(report: dict[str, Any]) -> str:
+    """Every sample as CSV: round and token counted from 1; token 1's time is the time to first token, empty where none
+    was measured. `turn` is that of a conversation."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["workload", "round", "turn", "token", "ms"])
+    for sample in report["samples"]:
+        times = [sample["ttft_ms"], *sample["itl_ms"]]
+        where = sample["workload"], sample["round"], sample.get("turn", 1)
+        lines.writerows([*where, token, "" if ms is None else ms] for token, ms in enumerate(times, 1))
+    return text.getvalue()
+
+
+def measured_with(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a report was measured with: rows of what and value."""
+    machine, memory, load = report["hardware"], report["hardware"]["memory"], report["load_average"]
+    cpu, profile = machine["cpu"], report["device_profile"]
+    return [
+        ("processor", f"{cpu['model']}, {cpu['physical_cores']} cores, {cpu['logical_cores']} logical"),
+        ("instruction sets", ", ".join(cpu["instruction_sets"])),
+        ("frequency governor", machine["governor"] or "not told"),
+        ("memory", f"{memory['total_mb']:,} MB, {memory['available_mb']:,} MB available before"),
+        ("read bandwidth", f"{report['bandwidth_gb_s']:,.1f} GB/s" if report["bandwidth_gb_s"] else "not measured"),
+        ("system", f"{machine['os']}, {machine['kernel']}, Python {machine['python']}"),
+        ("load average (1, 5, 15 min)", f"{load['before']} before, {load['after']} after"),
+        ("device profile", str(profile) if profile else "none"),
+        *report["versions"].items(),
+    ]
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a markdown page."""
+    lines = [f"# Benchmark of {report['artifact']}", "", *_markdown_table(table(report))]
+    lines += ["", "## Measured with", "", *_markdown_table(measured_with(report))]
+    if report["files"]:
+        files = [(name, f"`{value}`") for name, value in report["files"].items()]
+        lines += ["", "## Files", "", *_markdown_table(files)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {what} | {value.replace('|', '/')} |" for what, value in rows)]

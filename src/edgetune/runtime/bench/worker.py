@@ -1,0 +1,315 @@
+"""The measured process, started by `process.py`: `python -m edgetune.runtime.bench.worker JOB`, JOB as JSON.
+
+It opens the artifact, says what it is, and then does what it is told on stdin, a line of JSON each: `prepare` a
+workload, do a `round` of it. It answers on stdout, a line each, and ends when stdin does, so that it never outlives the
+process that started it. What libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.errors import EdgetuneError, InputError, from_system_error
+from edgetune.runtime.bench import prompts
+from edgetune.runtime.bench.workloads import Workload
+from edgetune.runtime.hardware import checked_threads
+from edgetune.runtime.memory import peak_rss_mb, reset_peak
+from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
+
+if TYPE_CHECKING:
+    from edgetune.runtime.artifact import Artifact
+
+
+def main() -> None:
+    """Do what the JSON argument and the lines on stdin ask for. Exits with 0 at their end and after an explained error."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=lines, flush=True)
+
+    try:
+        engine, facts = opened(json.loads(sys.argv[1]))
+        say({"opened": facts})
+        for line in sys.stdin:
+            say(_done(engine, json.loads(line)))
+    except (EdgetuneError, OSError) as found:
+        error = found if isinstance(found, EdgetuneError) else from_system_error(found)
+        if error is None:
+            raise
+        kind = "input" if isinstance(error, InputError) else "failed"
+        say({"error": {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix}})
+
+
+def _done(engine: Drawn | Asked, order: dict[str, Any]) -> dict[str, Any]:
+    if "prepare" in order:
+        reset_peak()
+        work = Workload(**order["prepare"])
+        return {"rounds": engine.prepare(work, order["warmup"], order["repetitions"])}
+    samples = engine.round(order["round"])
+    return {"samples": samples, "peak_rss_mb": round(peak_rss_mb(), 1), "pss_mb": _pss_mb()}
+
+
+def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
+    """Check the artifact and load it.
+
+    Args:
+        job: the fields of `process.Job`.
+
+    Returns:
+        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `threads`, `verify_s`,
+        `load_s`, `peak_rss_mb`.
+
+    Raises:
+        InputError: no sound artifact, or a provider that is missing.
+        EdgetuneError: ONNX Runtime cannot load it.
+    """
+    from edgetune.runtime.artifact import open_artifact
+
+    start = time.perf_counter()
+    artifact = open_artifact(Path(job["artifact"]))
+    verify_s = time.perf_counter() - start
+    provider, threads = job["provider"] or named(artifact.config), checked_threads(job["threads"])
+    if provider != "cpu":
+        if provider not in PROVIDERS:
+            raise InputError(
+                f"there is no provider {provider!r}", where="provider", fix=f"take cpu, {', '.join(PROVIDERS)}"
+            )
+        require(provider, artifact.name)
+    start = time.perf_counter()
+    kind = Asked if job["session"] else Drawn
+    engine = kind(artifact, provider, threads, job["session_options"])
+    load_s = time.perf_counter() - start
+    return engine, {
+        "artifact": artifact.name,
+        "files": {name: entry["sha256"] for name, entry in artifact.manifest["outputs"].items()},
+        "max_length": artifact.max_length,
+        "graph": artifact.config["model"]["decoder"].get("filename"),
+        "folder": str(artifact.path),
+        "provider": provider,
+        "threads": threads,
+        "verify_s": round(verify_s, 3),
+        "load_s": round(load_s, 3),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+    }
+
+
+class Drawn:
+    """Drawn prompts on the bare generator: what the model takes, without chat template, stops and text."""
+
+    def __init__(self, artifact: Artifact, provider: str, threads: int, session_options: dict[str, Any]) -> None:
+        from edgetune.runtime import genai
+
+        self._og, self._artifact = genai(), artifact
+        register_genai(self._og, provider)
+        config = self._og.Config(str(artifact.path))
+        if provider != named(artifact.config):
+            config.clear_providers()
+            if provider != "cpu":
+                config.append_provider(PROVIDERS[provider].genai)
+                for key, value in (PROVIDERS[provider].options or {}).items():
+                    config.set_provider_option(PROVIDERS[provider].genai, key, value)
+        settings = {"log_severity_level": 3, "intra_op_num_threads": threads, **session_options}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
+        try:
+            self._model = self._og.Model(config)
+            self._tokenizer = self._og.Tokenizer(self._model)
+        except RuntimeError as error:
+            raise EdgetuneError(
+                f"ONNX Runtime cannot load the artifact: {' '.join(str(error).split())[:300]}",
+                where=artifact.path,
+                fix="export it again; `edgetune doctor` checks the installation",
+            ) from error
+
+    def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
+        """Draw the prompts of all rounds, warm-ups first. Returns how many rounds there are."""
+        rows, self._work = work.batch, work
+        length = max(work.depth + work.prompt, 1)
+        drawn = prompts.distinct_prompts(self._tokenizer.encode, length, warmup * rows, repetitions * rows)
+        self._rounds = [drawn[i : i + rows] for i in range(0, len(drawn), rows)]
+        # Graphs of fixed shapes write a whole KV cache, whatever is asked for.
+        fixed = "sliding_window" in self._artifact.config["model"]["decoder"]
+        limit = self._artifact.max_length if fixed else work.length
+        self._params = self._og.GeneratorParams(self._model)
+        # min_length, so that a stop token does not end an answer early
+        self._params.set_search_options(max_length=limit, min_length=limit, do_sample=False, batch_size=rows)
+        return len(self._rounds)
+
+    def round(self, number: int) -> list[dict[str, Any]]:
+        """One prompt (or a batch) answered greedily. Making the KV cache counts as reading where nothing stands before."""
+        work, rows = self._work, self._rounds[number]
+        start = time.perf_counter()
+        for text, _ in rows:
+            self._tokenizer.encode(text)
+        tokenization = time.perf_counter() - start
+        start = time.perf_counter()
+        generator = self._og.Generator(self._model, self._params)
+        if work.depth or not work.prompt:
+            self._feed(generator, [ids[: work.depth or 1] for _, ids in rows])
+            start = time.perf_counter()
+        if work.prompt:
+            self._feed(generator, [ids[work.depth :] for _, ids in rows])
+        read = time.perf_counter()
+        generator.generate_next_token()  # the logits are there: this samples, and no more
+        stamps = [time.perf_counter()]
+        for _ in range(work.new - 1 if work.prompt else work.new):
+            generator.generate_next_token()
+            stamps.append(time.perf_counter())
+        tokens = [[int(id) for id in generator.get_sequence(row)][len(ids) :] for row, (_, ids) in enumerate(rows)]
+        if any(len(row) != len(stamps) for row in tokens):
+            raise EdgetuneError(
+                f"the runtime gave {len(tokens[0])} tokens where {len(stamps)} were asked for", where="bench"
+            )
+        ids = [ids for _, ids in rows]
+        return [
+            {
+                "tokenization_ms": _ms(tokenization),
+                "prefill_ms": _ms(read - start) if work.prompt else None,
+                "sampling_ms": _ms(stamps[0] - read),
+                "ttft_ms": _ms(stamps[0] - start) if work.prompt else None,
+                "itl_ms": [_ms(b - a) for a, b in pairwise(stamps)],
+                "detokenization_ms": _ms(self._text(tokens)),
+                "prompt_tokens": work.prompt,
+                "new_tokens": work.new,
+                "prompt_sha256": _sha256(ids[0] if len(ids) == 1 else ids),
+                "tokens": tokens[0] if len(tokens) == 1 else tokens,
+            }
+        ]
+
+    def _feed(self, generator: Any, rows: list[list[int]]) -> None:
+        """Read tokens, so many in a call as a session reads; a batch must be read in one."""
+        if len(rows) > 1:
+            import numpy as np
+
+            generator.append_tokens(np.array(rows, dtype=np.int32))
+            return
+        size = self._artifact.prefill_tokens
+        for first in range(0, len(rows[0]), size):
+            generator.append_tokens(rows[0][first : first + size])
+
+    def _text(self, tokens: list[list[int]]) -> float:
+        """Seconds that it takes to make text of the tokens, one by one as a stream does."""
+        start = time.perf_counter()
+        for row in tokens:
+            stream = self._tokenizer.create_stream()
+            for token in row:
+                stream.decode(token)
+        return time.perf_counter() - start
+
+
+class Asked:
+    """Conversations through a session, as `chat` and `serve` have them: template, stops and caches included."""
+
+    def __init__(self, artifact: Artifact, provider: str, threads: int, session_options: dict[str, Any]) -> None:
+        from edgetune.runtime.session import Session
+
+        if provider not in ("cpu", named(artifact.config)):
+            raise InputError(
+                f"chat, copy and prompts run on the CPU or on what the artifact was exported for, not on {provider}",
+                where="provider",
+                fix="measure ppN and tgN on it, or export the artifact for it",
+            )
+        self._session = Session(artifact, threads, on_cpu=provider == "cpu")
+
+    def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
+        """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
+
+        Of a file, each prompt is a round, whatever number is asked for.
+        """
+        self._work = work
+        names = prompts.round_names(warmup, repetitions)
+        if work.kind == "chat":
+            self._turns: list[list[Any]] = [
+                [{"role": "user", "content": text} for text in prompts.conversation(name)] for name in names
+            ]
+        elif work.kind == "copy":
+            self._turns = [[prompts.copying(name)] for name in names]
+        else:
+            assert work.file is not None
+            warm = [[prompts.conversation(name)[0]] for name in names[:warmup]]
+            self._turns = [*warm, *([prompt] for prompt in prompts.read_prompts(Path(work.file)))]
+        return len(self._turns)
+
+    def round(self, number: int) -> list[dict[str, Any]]:
+        """One conversation: a sample a turn. It ends where the context does."""
+        if self._work.kind != "chat":
+            return [self._answer(self._turns[number][0])[0]]
+        samples: list[dict[str, Any]] = []
+        said: list[dict[str, str]] = []
+        for turn in self._turns[number]:
+            said.append(turn)
+            try:
+                sample, text = self._answer(said)
+            except InputError:  # the conversation has filled the context
+                if not samples:
+                    raise
+                return samples
+            samples.append({"turn": len(samples) + 1, **sample})
+            said.append({"role": "assistant", "content": text})
+        return samples
+
+    def _answer(self, prompt: Any) -> tuple[dict[str, Any], str]:
+        from edgetune.runtime.options import GenerationOptions
+
+        session = self._session
+        ids = session.encode(prompt if isinstance(prompt, str) else session.render(prompt))
+        options = GenerationOptions(max_tokens=self._work.new, temperature=0)
+        start = time.perf_counter()
+        stream = session.stream(prompt, options)  # renders and encodes at once
+        begun = time.perf_counter()
+        stamps, tokens, done = [], [], None
+        with contextlib.closing(stream):  # type: ignore[type-var]
+            for piece in stream:
+                # Several tokens that come together came at one time.
+                stamps += [time.perf_counter()] * len(piece.ids)
+                tokens += [int(id) for id in piece.ids]
+                done = piece.completion
+        ended = time.perf_counter()
+        assert done is not None
+        sample = {
+            "tokenization_ms": _ms(begun - start),
+            "prefill_ms": None,
+            "sampling_ms": None,
+            "ttft_ms": _ms(stamps[0] - begun),
+            "itl_ms": [_ms(b - a) for a, b in pairwise(stamps)],
+            "detokenization_ms": None,
+            "e2e_ms": _ms(ended - start),
+            "prompt_tokens": done.prompt_tokens,
+            "new_tokens": len(tokens),
+            "finish_reason": done.finish_reason,
+            "prompt_sha256": _sha256(ids),
+            "tokens": tokens,
+        }
+        if self._work.kind == "copy":
+            share = prompts.quoted(ids, tokens)
+            sample["quoted"] = None if share is None else round(share, 4)
+        return sample, done.text
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _pss_mb() -> float | None:
+    """Memory of this process with shared pages divided among those who share them; Linux only."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Pss:"):
+                return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    return None
+
+
+if __name__ == "__main__":
+    main()
