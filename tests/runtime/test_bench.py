@@ -23,14 +23,20 @@ from edgetune.cli.bench import command
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import read_json, sha256_file
 from edgetune.recipe import BenchOptions, BenchSection
+from edgetune.runtime.bench import measure, watch
 from edgetune.runtime.bench import process as module
-from edgetune.runtime.bench import watch
 from edgetune.runtime.bench.measure import bench
 from edgetune.runtime.bench.report import noise, schema
 from edgetune.runtime.bench.text import as_csv, as_markdown, table
 
 SECTION = BenchSection(prompt_tokens=100, new_tokens=12, warmup=1, repetitions=4)
 RATES = ("ttft_ms", "itl_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+
+
+@pytest.fixture(autouse=True)
+def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring it takes longer than the rest."""
+    monkeypatch.setattr(measure, "bandwidth_gb_s", lambda: 10.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from conftest import edgetune
 from edgetune.errors import GateError, InputError
 from edgetune.files import write_json
 from edgetune.recipe import BenchOptions, BenchSection
+from edgetune.runtime.bench import measure
 from edgetune.runtime.bench.compare import against, check, compare, words
 from edgetune.runtime.bench.page import as_html
 from edgetune.runtime.bench.plots import Axis, nice_step, number
@@ -25,6 +26,12 @@ from edgetune.runtime.bench.statistics import Ratio
 from edgetune.runtime.bench.text import as_markdown, table
 
 SECTION = BenchSection(prompt_tokens=30, new_tokens=6, warmup=1, repetitions=3)
+
+
+@pytest.fixture(autouse=True)
+def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring it takes longer than the rest."""
+    monkeypatch.setattr(measure, "bandwidth_gb_s", lambda: 10.0)
 
 
 @pytest.fixture(scope="module")

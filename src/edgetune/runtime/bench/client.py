@@ -50,6 +50,7 @@ class Answer:
         ended: when the stream ended.
         text: the answer.
         prompt_tokens, completion_tokens: as the service counts them, None where it does not.
+        cached_tokens: of the prompt's, those that it says it had already.
         streamed: it came in pieces.
         error: what went wrong, None where nothing did.
     """
@@ -60,6 +61,7 @@ class Answer:
     text: str = ""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
     streamed: bool = True
     error: str | None = None
 
@@ -206,6 +208,9 @@ def _usage(event: dict[str, Any], answer: Answer) -> None:
     for key in ("prompt_tokens", "completion_tokens"):
         if isinstance(usage.get(key), int):
             setattr(answer, key, usage[key])
+    details = usage.get("prompt_tokens_details") or {}
+    if isinstance(details.get("cached_tokens"), int):
+        answer.cached_tokens = details["cached_tokens"]
 
 
 def checked(service: Service, answer: Answer) -> Service | None:

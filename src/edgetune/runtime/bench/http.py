@@ -26,7 +26,7 @@ from edgetune.recipe import BenchOptions, BenchSection
 from edgetune.runtime.bench.client import Answer, Service, ask, checked, connect
 from edgetune.runtime.bench.measure import writable, write
 from edgetune.runtime.bench.prompts import Conversation, read_prompts, words_prompt
-from edgetune.runtime.bench.report import FORMAT, machine_now, noise, summaries, top
+from edgetune.runtime.bench.report import FORMAT, cached_share, machine_now, noise, summaries, top
 from edgetune.runtime.bench.schedule import Rounds
 from edgetune.runtime.bench.watch import MemoryCurve, Meter
 from edgetune.runtime.hardware import hardware, load_average, versions
@@ -212,6 +212,7 @@ def _entry(
         "peak_rss_mb": None,
         "peak_pss_mb": None,
         **meter,
+        "cached": cached_share(rounds),
         **dict.fromkeys(("energy_j_per_token", "bandwidth_share", "quoted")),
     }, rounds
 
@@ -232,6 +233,7 @@ def _sample(answer: Answer) -> dict[str, Any]:
         "prefill_tokens_per_s": round(answer.prompt_tokens / first, 3) if first and answer.prompt_tokens else None,
         "decode_tokens_per_s": round(1 / tpot, 3) if tpot else None,
         "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
         "new_tokens": tokens,
         "text_sha256": hashlib.sha256(answer.text.encode()).hexdigest(),
     }
@@ -267,6 +269,7 @@ def _listener(base: str) -> int | None:
             return None
         port = parts.port or (443 if parts.scheme == "https" else 80)
         for found in psutil.net_connections("tcp"):
-            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid not in (None, os.getpid()):
-                return int(found.pid or 0) or None
+            at = found.laddr[1] if found.status == psutil.CONN_LISTEN and found.laddr else None
+            if at == port and found.pid not in (None, os.getpid()):
+                return found.pid
     return None

@@ -76,10 +76,9 @@ def measured(jobs: Sequence[Job], section: BenchSection, options: BenchOptions) 
         return found
 
     before, machine = load_average(), hardware()
-    bandwidth = round(bandwidth_gb_s(), 2)
     runs = take_turns(jobs, works, section.warmup, section.repetitions, options.stress)
     loads = [_loads(run, options.loads) if options.loads else None for run in runs]
-    around = {"hardware": machine_now(machine), "bandwidth_gb_s": bandwidth}
+    around = {"hardware": machine_now(machine), "bandwidth_gb_s": round(bandwidth_gb_s(), 2)}
     averages = {"before": before, "after": load_average()}
     reports = []
     for run, load in zip(runs, loads, strict=True):
@@ -142,7 +141,9 @@ def _loads(run: Run, times: int) -> dict[str, Any]:
     """Seconds of checking the hashes and loading, in fresh processes: with the files on disk only, and in the page cache."""
     folder = Path(run.facts["folder"])
     files = [folder / name for name in run.facts["files"]]
-    cold, warm, note = [], [], None
+    cold: list[float] = []
+    warm: list[float] = []
+    note = None
     for _ in range(times):
         note = note or drop_from_cache(files)
         for kept in (cold, warm):

@@ -160,14 +160,15 @@ def _memory(report: dict[str, Any]) -> list[str]:
         points = [(x, y) for x, y in curve["points"]]
         plot = Plot(
             "Resident memory over time",
-            Axis("seconds since the process began", 0, max(x for x, _ in points) or 1),
+            Axis("seconds since the measurement began", 0, max(x for x, _ in points) or 1),
             Axis("resident, MB", *span([y for _, y in points], zero=True, margin=0.12)),
         )
         plot.band([(x, 0, y) for x, y in points], 0)
         plot.line(points, 0, "resident memory")
         for x, name in curve["marks"]:
             plot.rule(x, name, upright=True)
-        what = f"The measuring process, ten times a second; highest {max(y for _, y in points):,.0f} MB."
+        whose = "service" if report["target"]["kind"] == "http" else "measuring process"
+        what = f"The {whose}, ten times a second; highest {max(y for _, y in points):,.0f} MB."
         found.append(_figure("Memory over time", what, plot.svg()))
     return found
 

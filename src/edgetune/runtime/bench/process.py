@@ -158,7 +158,10 @@ def stress(processes: int) -> Any:
         for _ in range(processes):
             found.append(
                 subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                    [sys.executable, "-I", "-S", "-c", _SPIN],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,  # what Python says to Ctrl-C
                 )
             )
         for process in found:

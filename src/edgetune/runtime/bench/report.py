@@ -106,12 +106,20 @@ def entry(measured: Measured, read_bytes: int | None, bandwidth: float | None) -
     found["bandwidth_share"] = (
         round(read_bytes * steps / 1e9 / bandwidth, 4) if read_bytes and from_memory and bandwidth and steps else None
     )
+    found["cached"] = cached_share(rounds)
     quoted = [sample["quoted"] for samples in rounds for sample in samples if sample.get("quoted") is not None]
     found["quoted"] = round(sum(quoted) / len(quoted), 4) if quoted else None
     if measured.quiet:
         quiet = [[derived(sample, work.batch) for sample in samples] for samples in measured.quiet]
         found["quiet"] = summaries(quiet)
     return found, rounds
+
+
+def cached_share(rounds: Rounds) -> float | None:
+    """The share of the prompts' tokens that were there from earlier prompts; None where that is not told."""
+    told = [s for samples in rounds for s in samples if s.get("cached_tokens") is not None and s["prompt_tokens"]]
+    read = sum(sample["prompt_tokens"] for sample in told)
+    return round(sum(sample["cached_tokens"] for sample in told) / read, 4) if read else None
 
 
 def _lengths(rounds: Rounds, name: str) -> int:

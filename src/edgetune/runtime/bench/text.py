@@ -58,6 +58,8 @@ def _one(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield what, _percentiles(entry[name], digits)
     if parts := _apart(entry):
         yield "apart", parts
+    if entry["cached"]:
+        yield "known already", f"{entry['cached']:.0%} of the prompts' tokens, of earlier ones"
     if entry["quoted"] is not None:
         yield "quoted", f"{entry['quoted']:.0%} of the answers stand in their prompts"
 
@@ -65,15 +67,18 @@ def _one(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _several(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     for entry in entries:
         parts = []
-        for name in ("prefill", "decode"):
+        if entry["concurrency"]:  # reading is told by the time to the first token, as it holds waiting for others, too
+            failed = f", {entry['errors']} failed" if entry["errors"] else ""
+            parts.append(f"in all {entry['total_tokens_per_s']:,.1f} tokens/s of {entry['requests']} requests{failed}")
+        for name in ("decode",) if entry["concurrency"] else ("prefill", "decode"):
             if entry[f"{name}_tokens_per_s"]:
                 parts.append(f"{name} {_rate(entry[f'{name}_tokens_per_s'])}")
         if entry["ttft_ms"]:
-            parts.append(f"first token p50 {entry['ttft_ms']['p50']:,.1f} ms")
+            parts.append(f"first token p50 {entry['ttft_ms']['p50']:,.1f}, p99 {entry['ttft_ms']['p99']:,.1f} ms")
         if entry["itl_ms"]:
             parts.append(f"between tokens p50 {entry['itl_ms']['p50']:,.2f}, p99 {entry['itl_ms']['p99']:,.2f} ms")
-        if entry["concurrency"]:
-            parts.append(f"in all {entry['total_tokens_per_s']:,.1f} tokens/s, {entry['errors']} failed")
+        if entry["cached"]:
+            parts.append(f"{entry['cached']:.0%} of the prompts known already")
         if entry["quoted"] is not None:
             parts.append(f"{entry['quoted']:.0%} quoted")
         yield entry["name"], "; ".join(parts)

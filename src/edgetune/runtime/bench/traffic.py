@@ -69,9 +69,9 @@ def _count(model: memoryview) -> int | None:
     rows: dict[tuple[Any, ...], float] = {}
     for op, inputs, outputs, to in nodes:  # a graph lists its nodes in the order of their work
         for index, name in enumerate(inputs):
-            weight = weights.get(name)
-            if weight is None:
+            if name not in weights:
                 continue
+            weight = weights[name]
             if op in _VIEWS:
                 if index == 0:
                     dims = weight.dims[::-1] if op == "Transpose" else weight.dims
@@ -79,7 +79,7 @@ def _count(model: memoryview) -> int | None:
             elif index in _LOOKED_UP.get(op, ()):
                 rows[weight.place] = weight.row
             else:
-                whole[weight.place] = weight.size
+                whole[weight.place] = max(weight.size, whole.get(weight.place, 0))
     return round(sum(whole.values()) + sum(rows.values()))
 
 

@@ -147,7 +147,12 @@ class MemoryCurve:
         self._thread.join()
         size = -(-len(self._points) // _MOST_POINTS) or 1
         groups = [self._points[i : i + size] for i in range(0, len(self._points), size)]
+        highest = [max(group, key=_height) for group in groups]
         return {
-            "points": [list(max(group, key=lambda point: point[1])) for group in groups],
+            "points": [list(point) for point in highest],
             "marks": [list(m) for m in self._marks],
         }
+
+
+def _height(point: tuple[float, float]) -> float:
+    return point[1]

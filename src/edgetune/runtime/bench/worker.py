@@ -283,6 +283,7 @@ class Asked:
             "detokenization_ms": None,
             "e2e_ms": _ms(ended - start),
             "prompt_tokens": done.prompt_tokens,
+            "cached_tokens": done.cached_tokens,
             "new_tokens": len(tokens),
             "finish_reason": done.finish_reason,
             "prompt_sha256": _sha256(ids),

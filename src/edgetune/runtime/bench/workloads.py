@@ -94,7 +94,7 @@ def parse(
 
 def _one(name: str, section: BenchSection) -> Workload:
     if name in ("chat", "copy"):
-        return Workload(name, new=section.new_tokens)
+        return Workload("chat" if name == "chat" else "copy", new=section.new_tokens)
     match = _DRAWN.fullmatch(name)
     prompt, both, new, depth = match.groups() if match else (None, None, None, None)
     if not match or (prompt is None and new is None) or bool(both) != bool(prompt and new):
