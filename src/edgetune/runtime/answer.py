@@ -207,10 +207,7 @@ class Answer:
     def _steps(self, context: Context) -> Iterator[Step]:
         """The answer's tokens, without an end: who reads them knows when it is enough. More than one token a step is
         for ways of decoding that guess ahead."""
-        sampler = None
-        if not self._options.greedy:
-            size = int(self._artifact.config["model"]["vocab_size"])
-            sampler = Sampler(self._options, self._request.ids, size)
+        sampler = None if self._options.greedy else Sampler(self._options, self._request.ids)
         generator, fix = context.generator, self._guide.fix if self._guide else None
         while True:
             with native(FAILED, self._artifact, fix):

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from edgetune.runtime.options import GenerationOptions
 
-Floats = NDArray[np.floating]
+# Below any score that is drawn, and above the lowest float32, which is what a constraint gives to what it leaves out.
+_FAR = 1e30
 _FIRST_GUESS = 256  # tokens that are sorted before it is known how many top-p needs
 
 
@@ -39,17 +40,15 @@ class Sampler:
     Args:
         options: how.
         prompt: token ids before the answer.
-        size: of the vocabulary.
     """
 
-    def __init__(self, options: GenerationOptions, prompt: Sequence[int], size: int) -> None:
+    def __init__(self, options: GenerationOptions, prompt: Sequence[int]) -> None:
         self._options = options
         self._random = np.random.default_rng(options.seed)
         self._seen = np.unique(np.asarray(prompt, np.int64)) if options.repetition_penalty != 1 else _none()
         self._answer, self._counts = _none(), np.zeros(0, np.float32)
         self._biased = np.array(list(options.logit_bias), np.int64)
         self._bias = np.array(list(options.logit_bias.values()), np.float32)
-        self._size = size
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the next token is the largest of, with or without a constraint that leaves some out.
@@ -58,7 +57,7 @@ class Sampler:
             logits: of the vocabulary, one dimension; is overwritten.
         """
         options = self._options
-        shape(logits, options, self._seen, self._answer, self._counts)
+        penalize(logits, options, self._seen, self._answer, self._counts)
         if self._biased.size:
             logits[self._biased] += self._bias
         if options.temperature == 0:
@@ -67,12 +66,11 @@ class Sampler:
         # Relative to the largest, in double precision: a small temperature must not overflow.
         noisy = (logits[kept].astype(np.float64) - float(logits.max())) / options.temperature
         noisy -= np.log(self._random.standard_exponential(kept.size))
-        if kept.size == logits.size:
-            return noisy.astype(np.float32)
-        noisy -= noisy.max()
-        np.subtract(logits, logits.max(), out=logits)  # the left-out ones: below the kept ones, in their own order
-        logits += min(-1.0, max(float(noisy.min()) - 1.0, -_MOST))
-        logits[kept] = np.maximum(noisy, -_MOST)
+        if kept.size < logits.size:  # the left-out ones: below the kept ones, in their own order
+            logits -= logits.max()
+            logits *= _FAR / 1000
+            logits -= _FAR
+        logits[kept] = np.maximum(noisy, -_FAR / 2)
         return logits
 
     def took(self, token: int) -> None:
@@ -87,10 +85,7 @@ class Sampler:
                 self._answer, self._counts = np.append(self._answer, token), np.append(self._counts, np.float32(1))
 
 
-_MOST = 1e4  # a kept token this far below the best is never drawn, and float32 still tells scores apart
-
-
-def shape(
+def penalize(
     logits: NDArray[np.float32],
     options: GenerationOptions,
     seen: NDArray[np.int64],

@@ -20,7 +20,7 @@ from edgetune.runtime.completion import Message
 from edgetune.runtime.native import check_text, first_line
 
 _FIX = "some templates take no system turn, or want user and assistant in turns"
-_ROLES_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
 _MAX_TEMPLATE = 1 << 20
 
 
@@ -102,7 +102,7 @@ def _turn(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise InputError("needs role and content, both strings", where=where)
     check_text(content)
-    turn = {key: message[key] for key in message if key in _ROLES_KEYS and message[key] is not None}
+    turn = {key: message[key] for key in message if key in _KEYS and message[key] is not None}
     turn["content"] = content
     if calls:
         turn["tool_calls"] = [_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)]
