@@ -268,6 +268,7 @@ class Pipeline:
         )
 
     def _job(self, key: str) -> Job:
+        from edgetune.export.targets import trained_through
         from edgetune.models import stop_ids
         from edgetune.train.trainer import Job
 
@@ -283,6 +284,7 @@ class Pipeline:
             place=self._place,
             stop_ids=frozenset([*stop_ids(self.base().path), *([turn["stop_id"]] if turn else [])]),
             name=self.name,
+            grids=trained_through(self.recipe),
         )
 
     def _place(self, row: int) -> str:
@@ -310,9 +312,9 @@ class Pipeline:
     def _export(self, work: Work) -> None:
         from edgetune.export.card import describe
         from edgetune.export.package import export
-        from edgetune.export.targets import target_of
+        from edgetune.export.targets import target_for
 
-        target = target_of(self.recipe.export)
+        target = target_for(self.recipe)
         chain = {
             "base": describe(self.base()),
             "data": self.folder.content("data"),

@@ -77,6 +77,17 @@ class TrainSection(Section):
         gt=0,
         description="Noise on the embeddings while training (NEFTune, arXiv 2310.05914); off when not given.",
     )
+    quantization_aware: bool = Field(
+        False,
+        description="The adapter learns through the weights as `export.target` rounds them (to nearest, on its grids), and "
+        "the export keeps exactly these; lora only.",
+    )
+    distillation: float = Field(
+        1.0,
+        ge=0,
+        description="With `quantization_aware`: weight of the KL divergence of the rounded model from itself unrounded, "
+        "beside the loss; 0 leaves it out, and a third of the time.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that goes to all other tokens.")
     epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps; overrides `epochs`.")
@@ -227,6 +238,44 @@ class TrainSection(Section):
                 "train.dropout",
                 f"with {kind} the adapter holds the main part of the base's own weights, which dropout would switch off",
                 "remove train.dropout, or use another initialization",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learns_through_rounding(self) -> TrainSection:
+        if not self.quantization_aware:
+            if changed(self, "distillation"):
+                raise refused(
+                    "train.distillation",
+                    "without train.quantization_aware there is no rounded model to compare",
+                    "remove it, or set train.quantization_aware: true",
+                )
+            return self
+        if self.method != "lora":
+            raise refused(
+                "train.method",
+                f"quantization_aware rounds W + sBA, the base with a LoRA adapter; {self.method} has no such sum",
+                "set train.method: lora, or remove train.quantization_aware",
+            )
+        if self.initialization in ("pissa", "olora"):
+            raise refused(
+                "train.initialization",
+                f"{self.initialization} takes the adapter out of the base, and quantization_aware rounds the base as it was "
+                "published with the adapter added",
+                "use default, gaussian or eva",
+            )
+        for name, why in (
+            ("dropout", "an adapter's dropout does not exist in the rounded sum"),
+            ("modules_to_save", "what is trained whole beside the adapter would not be rounded"),
+            ("neftune_alpha", "the rounded model and the plain one would be compared under different noise"),
+        ):
+            if getattr(self, name):
+                raise refused(f"train.{name}", why, f"remove train.{name}, or train.quantization_aware")
+        if self.distributed and self.distributed.engine != "ddp":
+            raise refused(
+                "train.distributed.engine",
+                f"{self.distributed.engine} divides the weights, which quantization_aware rounds whole",
+                "use train.distributed.engine: ddp, or remove train.quantization_aware",
             )
         return self
 

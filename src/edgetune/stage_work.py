@@ -47,13 +47,17 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
         return Work(stage, inputs, {**options, "seed": recipe.seed})
     if stage == "train":
         options = {**recipe.train.model_dump(exclude={"distributed"}), **reading, "seed": recipe.seed}
+        if recipe.train.quantization_aware:
+            from edgetune.export.targets import trained_through
+
+            options["grids"] = str(trained_through(recipe))
         return Work(stage, {"base": base_id, "data": content("data")}, options)
     if stage == "merge":
         return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())
     if stage == "export":
-        from edgetune.export.targets import target_of
+        from edgetune.export.targets import target_for
 
-        target = target_of(recipe.export)
+        target = target_for(recipe)
         options = {
             "target": target.options_of_work(),
             "max_length": recipe.export.max_length,
@@ -82,7 +86,7 @@ def file_hash(folder: RunFolder, path: Path) -> str:
 
 def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
     """Refuse what is sure to fail later (InputError), before anything is fetched or written."""
-    from edgetune.export.targets import target_of
+    from edgetune.export.targets import target_for
     from edgetune.train import method, trackers
 
     require_extra("train")
@@ -90,7 +94,7 @@ def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
     trackers.check(recipe.train.trackers)
     if "export" in stages:
         require_extra("export")
-    target_of(recipe.export)
+    target_for(recipe)
     for path in [*train_files(recipe.data), *validation_files(recipe.data)]:
         file_hash(folder, path)
     template = recipe.model.chat_template

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from edgetune.data.render import Encoded
+from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.plan import Plan
 from edgetune.models import load_tokenizer, resolve
 from edgetune.recipe import ModelSection, TrainSection
 from edgetune.train.checkpoints import Checkpoints
 from edgetune.train.trainer import Job, train
 
 STEPS = {"max_steps": 4, "evaluations": 2, "batch_size": 4, "learning_rate": 5e-3, "samples": 0, "dtype": "float32"}
+GRIDS = Plan(Grid(4, 16, True), {}, "min_max")
 ADAPTER = {"rank": 4, **STEPS}
 METHODS: dict[str, dict[str, Any]] = {
     "noise and dropout": {**ADAPTER, "neftune_alpha": 5.0, "dropout": 0.1, "lora_plus_ratio": 4.0},
@@ -22,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bfloat16 head": {**ADAPTER, "modules_to_save": ["lm_head"], "dtype": "bfloat16"},
     "dora": {**ADAPTER, "method": "dora", "optimizer": "adafactor"},
     "loftq": {**ADAPTER, "method": "qlora", "initialization": "loftq", "optimizer": "adamw_8bit"},
+    "quantization aware": {**ADAPTER, "quantization_aware": True, "dtype": "bfloat16", "learning_rate": 2e-2},
     "full": {**STEPS, "method": "full", "weight_decay": 0.1, "learning_rate": 1e-3},
 }
 
@@ -34,7 +38,9 @@ class Interrupted(Exception):
 def test_resumed_is_uninterrupted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     rows = [Encoded([3 + (n * 31 + k * k) % 370 for k in range(12 + n % 5)], [True] * (12 + n % 5)) for n in range(20)]
     base = resolve(ModelSection(id=str(tiny_model)))
-    job = Job(base=base, tokenizer=load_tokenizer(base.path), train=rows, validation=rows[:4], seed=1, key="k")
+    job = Job(
+        base=base, tokenizer=load_tokenizer(base.path), train=rows, validation=rows[:4], seed=1, key="k", grids=GRIDS
+    )
 
     def trained(folder: Path, resume: bool) -> dict[str, bytes]:
         for part in ("report", "adapter"):

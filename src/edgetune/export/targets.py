@@ -10,9 +10,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.errors import InputError
+from edgetune.export.quantize.plan import Plan
 from edgetune.export.quantize.section import QuantizationSection
 from edgetune.files import read_json
-from edgetune.recipe import ExportSection, Limits
+from edgetune.recipe import ExportSection, Limits, Recipe
 from edgetune.recipe_file import shipped
 from edgetune.recipe_section import Section, changed
 
@@ -148,6 +149,36 @@ def target_of(section: ExportSection) -> Target:
         )
     auto = target.quantization.auto.model_copy(update=own)
     return target.model_copy(update={"quantization": target.quantization.model_copy(update={"auto": auto})})
+
+
+def target_for(recipe: Recipe) -> Target:
+    """The target of a recipe's export; where the recipe trains through its grids, each weight is rounded to nearest there.
+
+    Raises:
+        InputError: as `target_of`, or the target has no grids that training could know.
+    """
+    target = target_of(recipe.export)
+    if not recipe.train.quantization_aware:
+        return target
+    section = target.quantization
+    if section is None or section.method == "auto":
+        raise InputError(
+            f"the target {recipe.export.target} "
+            + ("chooses its grids after training" if section else "has no quantization of edgetune's own")
+            + ", so there are none to train through",
+            where="train.quantization_aware",
+            fix="set export.target: cpu-int4, another target with `quantization`, or train without it",
+        )
+    return target.model_copy(update={"quantization": section.model_copy(update={"method": "min_max"})})
+
+
+def trained_through(recipe: Recipe) -> Plan | None:
+    """The grids that the recipe trains through; None where it does not."""
+    if not recipe.train.quantization_aware:
+        return None
+    section = target_for(recipe).quantization
+    assert section is not None
+    return section.plan()
 
 
 def require_fit(target: Target, merged: Path) -> None:

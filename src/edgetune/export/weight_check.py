@@ -102,7 +102,9 @@ def read_weights(file: Path) -> Iterator[tuple[str, np.ndarray]]:
     import onnx
 
     graph = onnx.load(file, load_external_data=False).graph
-    held = _Held({tensor.name: tensor for tensor in graph.initializer}, file.parent)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    widened = {node.output[0]: tensors.get(node.input[0]) for node in graph.node if node.op_type == "Cast"}
+    held = _Held(tensors | {name: tensor for name, tensor in widened.items() if tensor is not None}, file.parent)
     dequantized = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.node:
         given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}

@@ -188,7 +188,9 @@ def _with_adapter(model: Any, section: TrainSection) -> Any:
         init_lora_weights=initialize.PEFT_NAMES[kind],
         eva_config=EvaConfig(rho=1.0) if kind == "eva" else None,  # all ranks stay the recipe's
     )
-    if section.method == "lora":
+    if section.quantization_aware:
+        from edgetune.train.grids import register
+    elif section.method == "lora":
         from edgetune.train.lora import register
     elif section.method == "dora":
         from edgetune.train.dora import register

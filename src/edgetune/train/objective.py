@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from edgetune.data.batch import IGNORED, Encoded, collate
 from edgetune.train import fused, shards
 from edgetune.train.loss import LossHead, install
 from edgetune.train.schedule import filled
+
+if TYPE_CHECKING:
+    from edgetune.train.distill import Taught
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # nats a token, of the mean loss
 _PROVED = 300  # tokens of a row: more than attention takes in one block
@@ -28,6 +31,10 @@ class Objective:
         packed: rows of a pass lie one behind the other; the model must have been loaded with `attention.NAME`.
         smoothing: label smoothing, in training only.
         compute: dtype of the products of a model whose weights are wider (torch's autocast); its own when None.
+
+    Attributes:
+        head: what computes losses; None where the model's head is not plain.
+        taught: how each pass is compared with the same model unrounded; None without distillation.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class Objective:
         self.pad_id, self.packed, self.smoothing = pad_id, packed, smoothing
         self.compute = None if compute is torch.float32 else compute
         self.head: LossHead | None = install(model, smoothing)
+        self.taught: Taught | None = None
         fused.install(model)
 
     def prove(self, model: Any, rows: Sequence[Encoded]) -> list[str]:
@@ -103,6 +111,9 @@ class Objective:
 
     def loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The summed loss of a batch, float32, a scalar; the model is in training mode."""
+        if self.taught:
+            with self.taught.listening():
+                self._forward(model, batch)
         out = self._forward(model, batch)
         if self.head is not None:
             return out.sum()

@@ -6,10 +6,11 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +34,10 @@ from edgetune.train.stepping import Steps, arguments, trainer_class
 from edgetune.train.threads import threads
 from edgetune.train.watch import Step, Watcher, stops
 
+if TYPE_CHECKING:
+    from edgetune.export.quantize.plan import Plan
+    from edgetune.train.grids import Rounding
+
 
 @dataclass(frozen=True)
 class Job:
@@ -48,6 +53,7 @@ class Job:
         place: where the training row of a number comes from, as file:line.
         stop_ids: tokens that end an answer.
         name: what the run is called in trackers.
+        grids: what the export rounds to, with `train.quantization_aware`.
     """
 
     base: Base
@@ -60,6 +66,7 @@ class Job:
     place: Callable[[int], str] = "row {}".format
     stop_ids: frozenset[int] = frozenset()
     name: str = "edgetune"
+    grids: Plan | None = None
 
 
 def train(
@@ -101,6 +108,7 @@ def train(
         def look_at_base(model: Any) -> None:
             with progress.task("validate base", len(job.validation)) as bar:
                 before = training.score(model, bar.advance)
+            kept.settle("plain_before", lambda: _plain(training))
             if not math.isfinite(before["loss"]):
                 raise InputError(
                     "the base model's own loss is not a number: its weights are broken",
@@ -127,6 +135,10 @@ def train(
         shown = samples.compare(job.tokenizer, prompts, unread, answers(training.trainer.model), job.stop_ids)
 
         result = _report(section, job, training, kept)
+        if training.rounding:
+            grids = dict(Counter(map(str, training.rounding.grids.values())).most_common())
+            plain = {"before": kept.settle("plain_before", dict), "after": _plain(training)}
+            result["quantization_aware"] = {"grids": grids, "distillation": section.distillation, "validation": plain}
     result |= {"seconds_in_all": round(time.monotonic() - started, 1), "samples": shown}
     if not distributed.place().first:
         return result
@@ -151,6 +163,15 @@ class _Training:
     steps_a_pass: int
     padding: float
     score: Callable[..., dict[str, float]]
+    rounding: Rounding | None
+
+
+def _plain(training: _Training) -> dict[str, float] | None:
+    """Validation of the model without rounding, where it trains with it."""
+    if training.rounding is None:
+        return None
+    with training.rounding.off():
+        return training.score(training.trainer.model)
 
 
 def _report(section: TrainSection, job: Job, training: _Training, kept: Checkpoints) -> dict[str, Any]:
@@ -197,7 +218,10 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         resumed=kept.last is not None,
     )
     _onto_device(section, model)
+    rounding = _rounding(section, job, model)
     objective = _objective(section, job, model)
+    if rounding:
+        _teach(section, objective, rounding)
     fit = _fit(section, job, kept, objective, model)
 
     def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:
@@ -225,7 +249,31 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     trainer.remove_callback(transformers.PrinterCallback)
     a_pass = steps_a_pass(lengths, section, job.seed)
     padding = _padding(steps[:a_pass], lengths, fit.pass_tokens, objective.packed)
-    return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score)
+    return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score, rounding)
+
+
+def _rounding(section: TrainSection, job: Job, model: Any) -> Rounding | None:
+    if not section.quantization_aware:
+        return None
+    from edgetune.train.grids import install
+
+    assert job.grids is not None
+    return install(model, job.grids, job.base)
+
+
+def _teach(section: TrainSection, objective: Objective, rounding: Rounding) -> None:
+    """Have the rounded model learn from itself unrounded, too."""
+    from edgetune.train.distill import Taught
+
+    if not section.distillation:
+        return
+    if objective.head is None:
+        raise InputError(
+            "this model's head is no plain product, so that its distributions cannot be compared a piece at a time",
+            where="train.distillation",
+            fix="set it to 0, or train without train.quantization_aware",
+        )
+    objective.taught = Taught(objective.head, rounding, section.distillation)
 
 
 def _onto_device(section: TrainSection, model: Any) -> None:
