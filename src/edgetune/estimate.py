@@ -18,6 +18,7 @@ from edgetune.models import Base
 from edgetune.recipe import Recipe, TrainSection
 
 if TYPE_CHECKING:
+    from edgetune.export.quantize.plan import Plan
     from edgetune.train.calibrate import Calibration
 
 _BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows
@@ -36,12 +37,15 @@ _MEASURED = (
     "initialization",
     "neftune_alpha",
     "packing",
+    "quantization_aware",
+    "distillation",
     "optimizer",
     "dtype",
     "threads",
 )
 
 _bases: dict[Any, Base] = {}  # by path: what is cached by must be hashable
+_grids: dict[str, Plan | None] = {}  # by their words, likewise
 
 Estimates = dict[str, dict[str, float]]
 
@@ -78,6 +82,7 @@ def held_bytes(section: TrainSection, found: Calibration, kept: float, processes
 def _train(
     recipe: Recipe, base: Base, tokens: dict[str, int], processes: int, here: int
 ) -> tuple[dict[str, float], list[str], int, float]:
+    from edgetune.export.targets import trained_through
     from edgetune.train.memory import choose, room
     from edgetune.train.schedule import DEFAULT_PASS_TOKENS, DEFAULT_ROWS
 
@@ -88,7 +93,9 @@ def _train(
     measured = min(a_share, section.pass_tokens or DEFAULT_PASS_TOKENS)
     _bases[base.path] = base
     decides = section.model_dump_json(include=set(_MEASURED))
-    found = _calibration(decides, base.path, row, measured, recipe.model.trust_remote_code)
+    through = trained_through(recipe)
+    _grids[str(through)] = through
+    found = _calibration(decides, base.path, row, measured, recipe.model.trust_remote_code, str(through))
     space = room(psutil.virtual_memory().available / here, held_bytes(section, found, 0.0, processes))
     fit = choose(section, lambda: found.once, lambda: found.twice, space, tokens["longest"])
     kept = (found.twice if fit.checkpointing else found.once).of(min(fit.pass_tokens, a_share), tokens["longest"])
@@ -125,11 +132,12 @@ def _train(
 
 
 @lru_cache(maxsize=64)
-def _calibration(section: str, path: Any, row: int, tokens: int, trust_remote_code: bool) -> Any:
+def _calibration(section: str, path: Any, row: int, tokens: int, trust_remote_code: bool, grids: str) -> Any:
     """Calibrations of this process by what they depend on: the points of a sweep often share one."""
     from edgetune.train.calibrate import calibrate
 
-    found = calibrate(TrainSection.model_validate_json(section), _bases[path], row, tokens, trust_remote_code)
+    train = TrainSection.model_validate_json(section)
+    found = calibrate(train, _bases[path], row, tokens, trust_remote_code, _grids[grids])
     gc.collect()
     return found
 

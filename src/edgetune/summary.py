@@ -23,6 +23,10 @@ def summary(result: Result) -> list[tuple[str, str]]:
     if train := reports.get("train"):
         before, after = train["validation"]["before"], train["validation"]["after"]
         rows.append(("validation loss", f"{before['loss']:.3f} before → {after['loss']:.3f} after"))
+        if through := train.get("quantization_aware"):
+            plain = through["validation"]
+            rows[-1] = ("validation loss, rounded", rows[-1][1])
+            rows.append(("unrounded", f"{plain['before']['loss']:.3f} before → {plain['after']['loss']:.3f} after"))
         rows.append(
             (
                 "training",

@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.batch import Encoded
 from edgetune.models import Base
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.train.threads import threads
+
+if TYPE_CHECKING:
+    from edgetune.export.quantize.plan import Plan
 
 _SHALLOW, _DEEP = 1, 9  # layers of the two models; the second one fewer where layers are large
 _PARAMETERS = 150_000_000  # that the second model's layers have at most, if that leaves it two
@@ -67,7 +70,12 @@ class _Measured:
 
 
 def calibrate(
-    section: TrainSection, base: Base, row_tokens: int, pass_tokens: int, trust_remote_code: bool
+    section: TrainSection,
+    base: Base,
+    row_tokens: int,
+    pass_tokens: int,
+    trust_remote_code: bool,
+    grids: Plan | None = None,
 ) -> Calibration:
     """Measure three steps.
 
@@ -77,6 +85,7 @@ def calibrate(
         row_tokens: tokens of a usual row.
         pass_tokens: tokens of the measured pass, at least a row.
         trust_remote_code: run code that the base brings.
+        grids: what is trained through, with `quantization_aware`.
 
     Raises:
         InputError: the method does not fit the model.
@@ -96,7 +105,7 @@ def calibrate(
         depths = (_SHALLOW, _second_depth(config, layers))
         for depth in depths:
             with _twin(config, depth, base, trust_remote_code) as twin:
-                found.append(_measure(section, twin, rows, trust_remote_code))
+                found.append(_measure(section, twin, rows, trust_remote_code, grids))
         gc.collect()
         runtime = psutil.Process().memory_info().rss / 1e6
     return _through(found, depths, layers, sum(len(row.ids) for row in rows), runtime)
@@ -152,7 +161,9 @@ def _twin(config: Any, depth: int, base: Base, trust_remote_code: bool) -> Itera
         yield dataclasses.replace(base, path=Path(folder))
 
 
-def _measure(section: TrainSection, twin: Base, rows: list[Encoded], trust_remote_code: bool) -> _Measured:
+def _measure(
+    section: TrainSection, twin: Base, rows: list[Encoded], trust_remote_code: bool, grids: Plan | None
+) -> _Measured:
     import torch
 
     from edgetune.train import attention, memory, method
@@ -163,6 +174,11 @@ def _measure(section: TrainSection, twin: Base, rows: list[Encoded], trust_remot
     packed = section.packing is not False and attention.use(model)
     compute = method.base_dtype(section) if section.method == "full" else None
     objective = Objective(model, 0, packed, section.label_smoothing, compute)
+    beside = 0.0
+    if grids is not None:
+        from edgetune.train.distill import learn_through
+
+        beside = learn_through(grids, section.distillation, model, objective, twin).bytes(model)
     optimizer = make_optimizer(model, section, 1e-6)
     device = next(model.parameters()).device
     batch = {name: v.to(device) if torch.is_tensor(v) else v for name, v in objective.batch(rows).items()}
@@ -185,7 +201,7 @@ def _measure(section: TrainSection, twin: Base, rows: list[Encoded], trust_remot
     return _Measured(
         parameters=model.num_parameters(),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weight_bytes=beside + sum(p.numel() * p.element_size() for p in parameters),
         step_s=min(times[1:]),
         forward_s=forward,
         once=dataclasses.astuple(once),

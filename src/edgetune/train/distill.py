@@ -14,9 +14,13 @@ from typing import Any
 import torch
 
 from edgetune.data.batch import IGNORED
+from edgetune.errors import InputError
 from edgetune.export.quantize.heal_loss import Heads, divergence
-from edgetune.train.grids import Rounding
+from edgetune.export.quantize.plan import Plan
+from edgetune.models import Base
+from edgetune.train.grids import Rounding, install
 from edgetune.train.loss import LossHead
+from edgetune.train.objective import Objective
 
 
 class TaughtHead(LossHead):
@@ -67,3 +71,28 @@ class Taught:
                 yield
         finally:
             self._head.listens = False
+
+
+def learn_through(plan: Plan, share: float, model: Any, objective: Objective, base: Base) -> Rounding:
+    """Let a model learn through rounded weights, and from itself unrounded.
+
+    Args:
+        plan: what the export rounds to.
+        share: what the divergence from the unrounded model weighs; 0 leaves it out.
+        model: peft's, on the device that trains.
+        objective: its own.
+        base: whose weights it has.
+
+    Raises:
+        InputError: a model or a plan that this cannot be done with.
+    """
+    rounding = install(model, plan, base)
+    if share and objective.head is None:
+        raise InputError(
+            "this model's head is no plain product, so that its distributions cannot be compared a piece at a time",
+            where="train.distillation",
+            fix="set it to 0, or train without train.quantization_aware",
+        )
+    if share and objective.head is not None:
+        objective.taught = Taught(objective.head, rounding, share)
+    return rounding

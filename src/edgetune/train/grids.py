@@ -123,6 +123,17 @@ class Rounding:
         for one in self.fixed:
             one.parameter.data = one.rounded if on else one.plain
 
+    def bytes(self, model: Any) -> float:
+        """What it keeps beside the model's own weights."""
+        layers = [module for module in model.modules() if isinstance(module, GridLora) and module.rounding is self]
+        kept = [
+            tensor
+            for layer in layers
+            for tensor in (layer.wide, layer.rounded)
+            if tensor is not layer.get_base_layer().weight.data
+        ]
+        return float(sum(tensor.nbytes for tensor in [*kept, *(one.rounded for one in self.fixed)]))
+
     def plain(self, parameter: torch.Tensor) -> torch.Tensor:
         """The values of a parameter without rounding."""
         return next((one.plain for one in self.fixed if one.parameter is parameter), parameter.data)
@@ -228,6 +239,6 @@ def _check(plan: Plan, layers: list[str]) -> None:
                 )
 
 
-_OWNER = {name: "mlp" for name in ("gate_proj", "up_proj", "down_proj")} | {
-    name: "self_attn" for name in ("q_proj", "k_proj", "v_proj")
-}
+_OWNER = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp") | dict.fromkeys(
+    ("q_proj", "k_proj", "v_proj"), "self_attn"
+)

@@ -218,10 +218,13 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         resumed=kept.last is not None,
     )
     _onto_device(section, model)
-    rounding = _rounding(section, job, model)
     objective = _objective(section, job, model)
-    if rounding:
-        _teach(section, objective, rounding)
+    rounding = None
+    if section.quantization_aware:
+        from edgetune.train.distill import learn_through
+
+        assert job.grids is not None
+        rounding = learn_through(job.grids, section.distillation, model, objective, job.base)
     fit = _fit(section, job, kept, objective, model)
 
     def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:
@@ -250,30 +253,6 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     a_pass = steps_a_pass(lengths, section, job.seed)
     padding = _padding(steps[:a_pass], lengths, fit.pass_tokens, objective.packed)
     return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score, rounding)
-
-
-def _rounding(section: TrainSection, job: Job, model: Any) -> Rounding | None:
-    if not section.quantization_aware:
-        return None
-    from edgetune.train.grids import install
-
-    assert job.grids is not None
-    return install(model, job.grids, job.base)
-
-
-def _teach(section: TrainSection, objective: Objective, rounding: Rounding) -> None:
-    """Have the rounded model learn from itself unrounded, too."""
-    from edgetune.train.distill import Taught
-
-    if not section.distillation:
-        return
-    if objective.head is None:
-        raise InputError(
-            "this model's head is no plain product, so that its distributions cannot be compared a piece at a time",
-            where="train.distillation",
-            fix="set it to 0, or train without train.quantization_aware",
-        )
-    objective.taught = Taught(objective.head, rounding, section.distillation)
 
 
 def _onto_device(section: TrainSection, model: Any) -> None:
