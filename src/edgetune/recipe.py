@@ -96,6 +96,12 @@ class HealSection(Section):
     positions: Literal["all", "learned"] = Field(
         "all", description="Where the distributions are compared: at every token, or at those that carry loss."
     )
+    samples: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Rows that the merged model writes itself, beginning as the training rows do, to learn from beside these.",
+    )
 
 
 class AutoSection(Section):

@@ -228,3 +228,20 @@ def test_too_few_rows_and_unknown_matrices_are_refused(tiny_model: Path) -> None
         heal(
             tiny_model, {**found, "model.layers.9.mlp.up_proj": found["lm_head"]}, _rows(), HealSection(steps=1), seed=1
         )
+
+
+def test_rows_of_its_own_are_learned_from_too(tiny_model: Path) -> None:
+    found, floats = _quantized(tiny_model)
+    seen: list[int] = []
+    real = Student.step
+
+    def step(self: Student, numbers: Sequence[int]) -> float:
+        seen.extend(numbers)
+        return real(self, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Student, "step", step)
+        section = HealSection(steps=20, step_tokens=600, samples=5, learning_rate=4e-3)
+        healed = heal(tiny_model, found, _rows(), section, seed=1, floats=floats)
+    assert {number for number in seen if number >= 24} == set(range(24, 29))
+    assert healed.report["samples"] == 5 and healed.report["held_out"]["after"]["kld_mean"] > 0

@@ -36,7 +36,7 @@ def pick(rows: Sequence[Encoded], count: int) -> list[Prompt]:
     """
     different: dict[tuple[int, ...], Prompt] = {}
     for at in range(min(len(rows), _LOOKED_AT)):
-        if prompt := _prompt(rows[at]):
+        if prompt := prompt_of(rows[at]):
             different.setdefault(tuple(prompt.ids), prompt)
     found = list(different.values())
     short = [prompt for prompt in found if len(prompt.ids) <= _SHORT]
@@ -48,7 +48,8 @@ def pick(rows: Sequence[Encoded], count: int) -> list[Prompt]:
     return [short[(2 * at + 1) * len(short) // (2 * count)] for at in range(count)]
 
 
-def _prompt(row: Encoded) -> Prompt | None:
+def prompt_of(row: Encoded) -> Prompt | None:
+    """What a row asks and answers first; None where it has nothing to learn."""
     learned = list(row.learned)
     if True not in learned:
         return None

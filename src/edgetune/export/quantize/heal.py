@@ -162,7 +162,9 @@ class _Work:
         floats: Mapping[str, torch.Tensor],
         trust_remote_code: bool,
     ) -> None:
+        from edgetune.export.quantize.heal_samples import own_rows
         from edgetune.export.quantize.heal_student import Student
+        from edgetune.models import stop_ids
 
         self.section = section
         draw = np.random.default_rng([seed, len(rows)])
@@ -177,8 +179,12 @@ class _Work:
         while len(held) < max(2, _HELD_OUT * len(rows)) and tokens < _HELD_OUT_TOKENS:
             held.append(order.pop())
             tokens += len(rows[held[-1]].ids)
-        self.steps = _steps(order, [len(row.ids) for row in rows], section, draw)
         self.student = Student(folder, chosen, trust_remote_code=trust_remote_code)
+        if section.samples:
+            own = own_rows(self.student.model, [rows[i] for i in order], section.samples, stop_ids(folder), seed)
+            own = [row for row in own if any(row.learned[1:])]
+            order += self.student.add([_at(row, section.positions) for row in own])
+        self.steps = _steps(order, [len(row.ids) for row in self.student.rows], section, draw)
         used = sorted({i for step in self.steps for i in step} | set(held))
         self.student.listen(used)
         self.student.become(dict(found), floats, section.rank, seed)

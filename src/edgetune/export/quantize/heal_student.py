@@ -48,7 +48,7 @@ class Student:
             self.model, pad if isinstance(pad, int) and pad >= 0 else 0, attention.use(self.model)
         )
         self._objective.prove(self.model, rows)
-        self.rows = rows
+        self.rows = list(rows)
         self._lengths = np.array([len(row.ids) for row in rows])
         self._said: dict[int, torch.Tensor] = {}
         self._where = Place()
@@ -58,6 +58,13 @@ class Student:
             raise InputError("the model has no head that is known", where=folder, fix="leave export.heal off")
         self._heads = Heads(head.weight, head.weight, head.bias)
         self._check_head(folder)
+
+    def add(self, rows: Sequence[Encoded]) -> list[int]:
+        """Take further rows; returns their numbers."""
+        first = len(self.rows)
+        self.rows += rows
+        self._lengths = np.array([len(row.ids) for row in self.rows])
+        return list(range(first, len(self.rows)))
 
     def _check_head(self, folder: Path) -> None:
         """Some models do more than a product to make logits."""
