@@ -109,3 +109,11 @@ def test_a_sweep_measures_once_where_model_method_and_shapes_are_the_same(
     assert len(asked) == 1
     sweep.estimate(sweep.read("tiny.yaml", ["train.rank=4,8"]))
     assert [section.rank for section in asked] == [4, 8]
+
+
+def test_training_through_rounding_takes_more_memory(project: Path) -> None:
+    plain = planned("export.target=cpu-int4", until="train")
+    rounded = planned("export.target=cpu-int4", "train.quantization_aware=true", until="train")
+    assert not wrong(plain) and not wrong(rounded)
+    memory = [found["stages"][-1]["memory_mb"] for found in (plain, rounded)]
+    assert memory[1] > memory[0]

@@ -108,7 +108,8 @@ def train(
         def look_at_base(model: Any) -> None:
             with progress.task("validate base", len(job.validation)) as bar:
                 before = training.score(model, bar.advance)
-            kept.settle("plain_before", lambda: _plain(training))
+            plain = _plain(training)  # by all processes
+            kept.settle("plain_before", lambda: plain)
             if not math.isfinite(before["loss"]):
                 raise InputError(
                     "the base model's own loss is not a number: its weights are broken",

@@ -39,9 +39,9 @@ def own_rows(model: Any, rows: Sequence[Encoded], count: int, stop_ids: Collecti
     with progress.task("own samples", len(wanted)) as bar, torch.no_grad():
         for start in range(0, len(wanted), _TOGETHER):
             some = wanted[start : start + _TOGETHER]
-            for prompt, answer in zip(some, _answers(model, some, frozenset(stop_ids), draw), strict=True):
-                learned = [False] * len(prompt) + [True] * len(answer)
-                found.append(Encoded([*prompt, *answer], learned))
+            for begun, answer in zip(some, _answers(model, some, frozenset(stop_ids), draw), strict=True):
+                learned = [False] * len(begun) + [True] * len(answer)
+                found.append(Encoded([*begun, *answer], learned))
             bar.advance(len(some))
     return found
 
