@@ -38,9 +38,20 @@ BUILDER: dict[str, tuple[str, dict[str, Any]]] = {
     "builder int8": ("int8", {}),
 }
 GPTQ = {"method": "gptq", "bits": 4, "block_size": 32, "zero_points": True}
+
+
+def _int8(*modules: str) -> dict[str, Any]:
+    """4 bits, and 8 in these matrices."""
+    return {**GPTQ, "modules": {name: {"bits": 8, "block_size": 64} for name in modules}}
+
+
 OURS: dict[str, tuple[Any, int]] = {  # a target's name or its quantization, and steps of healing
     "edgetune int4 everywhere": (GPTQ, 0),
     "edgetune int4 everywhere, healed": (GPTQ, 100),
+    "edgetune int4, v int8": (_int8("v_proj"), 0),
+    "edgetune int4, v int8, healed": (_int8("v_proj"), 100),
+    "edgetune int4, k v o down int8": (_int8("k_proj", "v_proj", "o_proj", "down_proj"), 0),
+    "edgetune int4, k v o down head int8": (_int8("k_proj", "v_proj", "o_proj", "down_proj", "lm_head"), 0),
     "edgetune cpu-int4": ("cpu-int4", 0),
     "edgetune cpu-int4, healed": ("cpu-int4", 100),
     "edgetune cpu-int8": ("cpu-int8", 0),

@@ -351,7 +351,7 @@ def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
     Raises:
         InputError: not a run, or one without a merged model; a target that does not quantize; an override of nothing.
     """
-    from edgetune.export.targets import target_of
+    from edgetune.export.targets import target_of, trained_through
     from edgetune.pipeline import Pipeline
     from edgetune.recipe_file import load
 
@@ -365,5 +365,12 @@ def heal_run(run: Path, steps: int, overrides: Sequence[str] = ()) -> Result:
             f"{loaded.recipe.export.target} is no target of edgetune's own quantization, so there is nothing to heal",
             where="export.target",
             fix="name one that is: export.target=cpu-int4",
+        )
+    trained = trained_through(load(str(run / "recipe.json"), where).recipe)
+    if (wanted := trained_through(loaded.recipe)) and wanted != trained:
+        raise InputError(
+            f"the run was not trained through the grids of {loaded.recipe.export.target}",
+            where="export.target",
+            fix="train it so (`edgetune run RECIPE` with this target), or add train.quantization_aware=false",
         )
     return Pipeline(loaded).again("export", "verify")

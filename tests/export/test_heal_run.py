@@ -67,3 +67,8 @@ def test_what_cannot_be_healed_is_refused(run: Path, tmp_path: Path) -> None:
         heal_run(run, 4)
     said = edgetune("heal", run, "--steps", "4", "export.heal.rank=-1")
     assert said.returncode == 2 and "export.heal.rank" in said.stderr and "Traceback" not in said.stderr
+
+
+def test_a_run_that_was_not_trained_through_the_grids_is_not_healed_as_if_it_were(run: Path) -> None:
+    with pytest.raises(InputError, match="was not trained through the grids"):
+        heal_run(run, 4, ["train.quantization_aware=true"])

@@ -126,13 +126,10 @@ class Rounding:
     def bytes(self, model: Any) -> float:
         """What it keeps beside the model's own weights."""
         layers = [module for module in model.modules() if isinstance(module, GridLora) and module.rounding is self]
-        kept = [
-            tensor
-            for layer in layers
-            for tensor in (layer.wide, layer.rounded)
-            if tensor is not layer.get_base_layer().weight.data
-        ]
-        return float(sum(tensor.nbytes for tensor in [*kept, *(one.rounded for one in self.fixed)]))
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        kept = [*(one.rounded for one in layers), *(one.wide for one in layers), *(one.rounded for one in self.fixed)]
+        kept += [one.plain for one in self.fixed]
+        return float(sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in own))
 
     def plain(self, parameter: torch.Tensor) -> torch.Tensor:
         """The values of a parameter without rounding."""
@@ -157,6 +154,9 @@ def install(model: Any, plan: Plan, base: Base) -> Rounding:
     """
     core, rounding = model.get_base_model(), Rounding()
     layers, prefix = decoder_layers(core)
+    head, embedding = core.get_output_embeddings(), core.get_input_embeddings()
+    if head is None:
+        raise InputError("the model has no head that is known", where="train.quantization_aware", fix="leave it off")
     _check(plan, [f"{prefix}.{number}" for number in range(len(layers))])
     with Weights(base.path) as weights:
         for number, layer in enumerate(layers):
@@ -172,7 +172,6 @@ def install(model: Any, plan: Plan, base: Base) -> Rounding:
                     module.grids, module.rounded, module.rounding = grids, torch.empty_like(own), rounding
                 else:
                     rounding.fixed.append(_fixed(module.weight, wide, grids))
-        head, embedding = core.get_output_embeddings(), core.get_input_embeddings()
         tied = head.weight is embedding.weight
         for name, module in ((EMBEDDING, embedding), *(() if tied else ((HEAD, head),))):
             wide = weights.get(f"{name}.weight")
