@@ -193,6 +193,7 @@ class BenchOptions(Section):
     provider: str | None = Field(None, description="Execution provider, in place of the one that it was exported for.")
     stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
     loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
+    use_profile: bool = Field(True, description="Run it with what `edgetune tune` measured on this machine.")
 
 
 class Recipe(Section):

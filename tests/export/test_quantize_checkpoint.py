@@ -23,6 +23,7 @@ from edgetune.export.quantize.smooth import round_inputs
 from edgetune.export.quantize.weights import Weights, skeleton
 from edgetune.export.quantized import BUILDER_OPTIONS
 from edgetune.models import load_model
+from edgetune.runtime.speculation import MOST_ROWS, ROW_TOKENS
 
 MIXED = Plan(
     Grid(4, 16, True), {"v_proj": Grid(8, 32), "model.layers.1.mlp.down_proj": Grid(8, 64), "lm_head": Grid(8, 32)}
@@ -176,6 +177,27 @@ def test_the_graph_computes_with_the_weights_on_the_grid(
     with torch.inference_mode():
         wanted = rounded(input_ids=torch.tensor([ids])).logits[0]
     torch.testing.assert_close(_logits(artifact, ids), wanted, rtol=1e-4, atol=1e-4)
+    for count, rows in ((MOST_ROWS, MOST_ROWS), (MOST_ROWS + 1, 1), (1, 1)):
+        logits, tokens = _last_and_rows(artifact, ids[:count])
+        torch.testing.assert_close(logits, wanted[None, count - 1 : count], rtol=1e-4, atol=1e-4)
+        assert tokens == wanted[count - rows : count].argmax(-1).tolist()
+
+
+def _last_and_rows(artifact: Path, ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """What ONNX Runtime GenAI gets: the last position's logits, and the likeliest token of each of the last ones."""
+    import numpy as np
+    import onnxruntime
+
+    decoder = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    session = onnxruntime.InferenceSession(artifact / "model.onnx", providers=["CPUExecutionProvider"])
+    feed = {}
+    for found in session.get_inputs():
+        if found.name.startswith("past"):
+            feed[found.name] = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+        else:
+            feed[found.name] = np.array([[1] * len(ids) if "mask" in found.name else ids], np.int64)
+    logits, tokens = session.run(["logits", ROW_TOKENS], feed)
+    return torch.from_numpy(logits), tokens[0].tolist()
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "phi3"])

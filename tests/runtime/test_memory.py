@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 
 import pytest
 
-from edgetune.runtime.memory import peak_rss_mb, reset_peak
+from edgetune.runtime.memory import peak_rss_mb, reset_peak, trim
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can start the peak anew")
 
@@ -51,3 +53,21 @@ def test_reset_where_it_is_not_allowed_does_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no" / "clear_refs")
     reset_peak()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory so")
+def test_freed_memory_goes_back_to_the_system():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(50_000) for _ in range(1200)]
+    for block in blocks:
+        ctypes.memset(block, 1, 50_000)
+    for block in blocks[:-1]:  # the last one keeps the heap's end where it is
+        libc.free(ctypes.c_void_p(block))
+    reset_peak()
+    before = peak_rss_mb()
+    trim()
+    reset_peak()
+    after = peak_rss_mb()
+    libc.free(ctypes.c_void_p(blocks[-1]))
+    assert after < before - 40

@@ -35,6 +35,7 @@ from edgetune.cli import (
     serve,
     sweep,
     train,
+    tune,
     unpack,
     verify,
 )
@@ -78,7 +79,7 @@ def root(
 
 _COMMANDS = (
     *(run, plan, sweep, train, merge, export, heal, verify, evaluate, bench, compare),
-    *(chat, generate, serve, package, unpack, doctor),
+    *(tune, chat, generate, serve, package, unpack, doctor),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.rsplit(".", 1)[-1])(_command.command)

@@ -17,6 +17,9 @@ import typer
 from edgetune.errors import FAILED, INTERRUPTED, EdgetuneError, from_system_error
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+NoProfile = Annotated[
+    bool, typer.Option("--no-profile", help="Leave aside what `edgetune tune` measured on this machine.")
+]
 
 
 @contextlib.contextmanager

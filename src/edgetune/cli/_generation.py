@@ -22,7 +22,9 @@ MaxTokens = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
 ]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; all cores when not given.")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="CPU threads; the device profile's, or all cores, when not given.")
+]
 Temperature = Annotated[
     float,
     typer.Option(metavar="0..2", help="0 takes the likeliest token and repeats itself; higher varies more."),
@@ -70,6 +72,15 @@ Regex = Annotated[str | None, typer.Option(metavar="REGEX", help="Let the answer
 Grammar = Annotated[
     str | None, typer.Option(metavar="FILE|LARK", help="Let the answer fit this grammar (Lark, begins with `start:`).")
 ]
+Speculation = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|on|off",
+        help="Guess tokens ahead from what is there already. auto: where `edgetune tune` measured it, as long as it "
+        "pays; answers may differ in rounding.",
+    ),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="The tokens of a fresh start, decoded one by one.")]
 LogProbs = Annotated[
     int | None,
     typer.Option(

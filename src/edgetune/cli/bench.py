@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from edgetune.cli._common import Json, print_json, print_table
+from edgetune.cli._common import Json, NoProfile, print_json, print_table
 
 _UNSET = "; the recipe's default when not given."
 _WORK, _WAYS, _COMPARE, _HTTP, _OUTPUT = "What is measured", "How", "Comparing", "A service", "What comes out"
@@ -62,6 +62,7 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Execution provider, in place of the artifact's own.", rich_help_panel=_WAYS),
     ] = None,
+    no_profile: NoProfile = False,
     stress: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="Busy processes beside every second round.", rich_help_panel=_WAYS),
@@ -161,6 +162,7 @@ def command(
         "provider": provider,
         "stress": stress,
         "loads": loads,
+        "use_profile": False if no_profile else None,
     }
     if artifact is None:
         allowed = {"prompts": prompts}

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from edgetune.cli._common import NoProfile
 from edgetune.cli._generation import (
     DEFAULT,
+    Exact,
     Folder,
     FrequencyPenalty,
     LogitBias,
@@ -17,6 +19,7 @@ from edgetune.cli._generation import (
     PresencePenalty,
     RepetitionPenalty,
     Seed,
+    Speculation,
     Stop,
     System,
     Temperature,
@@ -53,7 +56,10 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Go on with the last conversation that /save wrote to FILE."),
     ] = None,
+    speculation: Speculation = DEFAULT.speculation,
+    exact: Exact = DEFAULT.exact,
     threads: Threads = None,
+    no_profile: NoProfile = False,
 ) -> None:
     """Talk with an artifact.
 
@@ -87,11 +93,13 @@ def command(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
+        speculation=speculation,
+        exact=exact,
         reuse=reuse,
     )
     conversation = Conversation(system)
     if load is not None:
         conversation.load(load)
     found = open_artifact(artifact)
-    with lease(found.path, "edgetune chat"), Session(found, threads=threads) as session:
+    with lease(found.path, "edgetune chat"), Session(found, threads=threads, use_profile=not no_profile) as session:
         run(session, conversation, options)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli._common import Json, print_json
+from edgetune.cli._common import Json, NoProfile, print_json
 from edgetune.cli._generation import (
     DEFAULT,
+    Exact,
     Folder,
     FrequencyPenalty,
     Grammar,
@@ -23,6 +24,7 @@ from edgetune.cli._generation import (
     Regex,
     RepetitionPenalty,
     Seed,
+    Speculation,
     Stop,
     System,
     Temperature,
@@ -71,7 +73,10 @@ def command(
     raw: Annotated[
         bool, typer.Option("--raw", help="Send the prompt as it is, without the model's chat template.")
     ] = False,
+    speculation: Speculation = DEFAULT.speculation,
+    exact: Exact = DEFAULT.exact,
     threads: Threads = None,
+    no_profile: NoProfile = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")] = False,
     json: Json = False,
 ) -> None:
@@ -111,6 +116,8 @@ def command(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
+        speculation=speculation,
+        exact=exact,
         json_schema=None if json_schema is None else read_schema(json_schema),
         regex=regex,
         grammar=None if grammar is None else read_grammar(grammar),
@@ -122,7 +129,10 @@ def command(
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
     found = open_artifact(artifact)
-    with lease(found.path, "edgetune generate"), Session(found, threads=threads) as session:
+    with (
+        lease(found.path, "edgetune generate"),
+        Session(found, threads=threads, use_profile=not no_profile) as session,
+    ):
         asked = text if raw else messages
         answer = _answer(session, asked, options, functions, silent=json)
     if json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgetune.cli._common import Json
+from edgetune.cli._common import Json, NoProfile
 
 
 def command(
@@ -21,6 +21,7 @@ def command(
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores when not given.")] = None,
+    no_profile: NoProfile = False,
     as_json: Json = False,
 ) -> None:
     """Serve an artifact to OpenAI clients: /v1/chat/completions, /v1/models, /health.
@@ -47,4 +48,6 @@ def command(
         say(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
         say(f'  or in Python: openai.OpenAI(base_url="{url}/v1", api_key="none")')
 
-    serve(artifact, host=host, port=port, name=name, queue=queue, threads=threads, ready=ready)
+    serve(
+        artifact, host=host, port=port, name=name, queue=queue, threads=threads, use_profile=not no_profile, ready=ready
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.export.quantize.rows import all_rows
 from edgetune.files import read_json
 from edgetune.models import context_length, load_model, stop_ids
 
@@ -314,21 +315,27 @@ def _unpruned(file: Path) -> bytes | None:
         graph = onnx.load(file, load_external_data=False)
     except DecodeError:  # ONNX Runtime says what is wrong with it
         return None
-    nodes = {node.name: node for node in graph.graph.node}
-    chosen, shaped = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
-    if chosen is None or shaped is None:
+    if not (all_rows(graph.graph) or _whole_head(graph.graph)):
         return None
-    for node in graph.graph.node:
-        for at, name in enumerate(node.input):
-            if name == shaped.output[0]:
-                node.input[at] = chosen.input[0]
-    for node in (chosen, shaped):
-        graph.graph.node.remove(node)
     del graph.graph.value_info[:]  # shapes of one position
     for output in graph.graph.output:
         if output.name == "logits":
             output.type.tensor_type.shape.dim[1].dim_param = "positions"
     return bytes(graph.SerializeToString())
+
+
+def _whole_head(graph: Any) -> bool:
+    nodes = {node.name: node for node in graph.node}
+    chosen, shaped = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
+    if chosen is None or shaped is None:
+        return False
+    for node in graph.node:
+        for at, name in enumerate(node.input):
+            if name == shaped.output[0]:
+                node.input[at] = chosen.input[0]
+    for node in (chosen, shaped):
+        graph.node.remove(node)
+    return True
 
 
 def _graphs(folder: Path, decoder: dict[str, Any]) -> tuple[_Step, _Step]:

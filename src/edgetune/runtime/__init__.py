@@ -28,12 +28,13 @@ def genai() -> Any:
     return onnxruntime_genai
 
 
-def load(path: str | Path, threads: int | None = None) -> Session:
+def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Session:
     """Verify an artifact's folder and load it.
 
     Args:
         path: the artifact, or the run folder that holds it.
-        threads: CPU threads; all cores when None.
+        threads: CPU threads; the device profile's, or all cores, when None.
+        use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
 
     Raises:
         InputError: it is no artifact, or a file of it is missing or changed.
@@ -42,4 +43,4 @@ def load(path: str | Path, threads: int | None = None) -> Session:
     from edgetune.runtime.artifact import open_artifact
     from edgetune.runtime.session import Session
 
-    return Session(open_artifact(Path(path)), threads=threads)
+    return Session(open_artifact(Path(path)), threads=threads, use_profile=use_profile)

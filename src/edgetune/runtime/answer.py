@@ -15,6 +15,7 @@ from edgetune.runtime.native import native
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.prefix import FAILED, Context, OnPrefill, Reader
 from edgetune.runtime.sampling import Sampler, likeliest, log_softmax
+from edgetune.runtime.speculation import DEFAULT_COSTS, Counts, Policy, guessing, row_reader
 from edgetune.runtime.stops import StopFilter
 from edgetune.runtime.tools import MARKS, ToolFilter
 from edgetune.runtime.vocabulary import Vocabulary
@@ -130,12 +131,20 @@ class Answer:
         decoder: a native stream from tokens to text.
         vocabulary: what tokens stand for; None where the request needs none.
         request: what is asked for.
+        row_costs: what reading several tokens at once takes, in steps, where that was measured.
     """
 
     def __init__(
-        self, reader: Reader, artifact: Artifact, decoder: Any, vocabulary: Vocabulary | None, request: Request
+        self,
+        reader: Reader,
+        artifact: Artifact,
+        decoder: Any,
+        vocabulary: Vocabulary | None,
+        request: Request,
+        row_costs: dict[int, float] | None = None,
     ) -> None:
         self._reader, self._artifact, self._vocabulary = reader, artifact, vocabulary
+        self._row_costs, self._counts = row_costs, Counts()
         self._words = _Words(decoder, vocabulary, request)
         self._request, self._options = request, request.options
         self._guide = Guide.of(request.options)
@@ -158,7 +167,8 @@ class Answer:
         counts = (len(self._request.ids), len(made.ids), made.ttft_s, made.speed(), context.cached)
         logprobs = tuple(made.logprobs) if self._options.logprobs is not None else None
         text = "".join(made.text)
-        done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls)
+        guessed = (self._counts.drafted, self._counts.accepted)
+        done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls, *guessed)
         yield Piece(rest, (), done)
 
     def _written(self, context: Context, made: _Made) -> Iterator[Piece]:
@@ -205,8 +215,12 @@ class Answer:
         return None if len(found) < len(ids) else tuple(found)
 
     def _steps(self, context: Context) -> Iterator[Step]:
-        """The answer's tokens, without an end: who reads them knows when it is enough. More than one token a step is
-        for ways of decoding that guess ahead."""
+        """The answer's tokens, without an end: who reads them knows when it is enough."""
+        if (guesses := self._guessing(context)) is not None:
+            while True:
+                with native(FAILED, self._artifact):
+                    ids = next(guesses)
+                yield Step(ids)
         sampler = None if self._options.greedy else Sampler(self._options, self._request.ids)
         generator, fix = context.generator, self._guide.fix if self._guide else None
         while True:
@@ -224,6 +238,22 @@ class Answer:
                 sampler.took(token)
             logprobs = () if row is None else (self._logprob(row, token, self._options.logprobs or 0),)
             yield Step((token,), logprobs, ended)
+
+    def _guessing(self, context: Context) -> Iterator[tuple[int, ...]] | None:
+        """The answer's tokens, guessed ahead; None where that is not wanted, or not possible."""
+        mode, generator = self._options.speculation, context.generator
+        if mode == "off" or (mode == "auto" and self._row_costs is None):
+            return None
+        if not self._options.greedy or self._guide is not None or self._reader.fixed:
+            return None
+        with native(FAILED, self._artifact):
+            read = row_reader(generator, self._artifact)
+            if read is None:
+                return None
+            first = int(generator.get_logits().argmax())
+        policy = Policy(self._row_costs or DEFAULT_COSTS, always=mode == "on")
+        limit, counts = self._request.limit, self._counts
+        return guessing(read, generator.rewind_to, self._request.ids, first, policy, limit, counts)
 
     def _logprob(self, row: Any, token: int, count: int) -> TokenLogprob:
         top = tuple(self._named(row, other) for other in likeliest(row, count))

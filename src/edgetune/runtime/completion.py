@@ -74,6 +74,8 @@ class Completion:
         logprobs: of each token of `ids`, where asked for.
         prompt_logprobs: of each token of the prompt; the first has nothing before it and is None. Where asked for.
         tool_calls: the calls in the answer, where tools were given.
+        drafted_tokens: tokens that were guessed ahead.
+        accepted_tokens: those of them that were right.
     """
 
     text: str
@@ -87,6 +89,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def describe(self) -> str:
         """The numbers in one line, for people."""
@@ -96,6 +100,8 @@ class Completion:
             parts.append(f"time to first token {self.ttft_s * 1e3:,.0f} ms")
         if self.decode_tokens_per_s is not None:
             parts.append(f"{self.decode_tokens_per_s:,.1f} tokens/s")
+        if self.drafted_tokens:
+            parts.append(f"{self.accepted_tokens:,} of {self.drafted_tokens:,} guessed tokens right")
         return ", ".join([*parts, f"ended by {self.finish_reason}"])
 
     def as_dict(self) -> dict[str, Any]:

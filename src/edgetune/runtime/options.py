@@ -49,6 +49,10 @@ class GenerationOptions:
         reuse: what of an earlier prompt is not read again. `exact`: whole pieces of `Artifact.prefill_tokens` that
             begin both, so that the answer is bit for bit that of a fresh start; `fast`: all that begins both, the
             last answer included, whose rounding may differ; `off`: nothing.
+        speculation: guess several tokens ahead from what stands in prompt and answer already, and read them at once,
+            which rounds otherwise than one by one. `auto`: where `edgetune tune` measured what that costs, and as
+            long as it pays; `on`: whenever there is something to guess; `off`: never. See `runtime/speculation.py`.
+        exact: the tokens are those of a fresh start, decoded one by one, whatever `reuse` and `speculation` allow.
 
     Raises:
         InputError: a value is out of range; `where` is the option's name.
@@ -71,6 +75,8 @@ class GenerationOptions:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     reuse: Literal["exact", "fast", "off"] = "exact"
+    speculation: Literal["off", "auto", "on"] = "auto"
+    exact: bool = False
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None)
@@ -92,6 +98,13 @@ class GenerationOptions:
         _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.reuse not in ("exact", "fast", "off"):
             raise InputError(f"must be exact, fast or off, not {self.reuse!r}", where="reuse")
+        if self.speculation not in ("off", "auto", "on"):
+            raise InputError(f"must be off, auto or on, not {self.speculation!r}", where="speculation")
+        if not isinstance(self.exact, bool):
+            raise InputError(f"must be true or false, not {self.exact!r}", where="exact")
+        if self.exact:
+            object.__setattr__(self, "speculation", "off")
+            object.__setattr__(self, "reuse", "exact" if self.reuse == "fast" else self.reuse)
         given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         for name in given:
             if name != "json_schema" and not (isinstance(getattr(self, name), str) and getattr(self, name)):

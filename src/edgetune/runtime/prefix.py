@@ -2,7 +2,7 @@
 
 Kernels that round whole inputs (DynamicQuantizeMatMul has one scale for all rows of a call) give a position other bits
 when it is read together with other ones, or alone as an answer's tokens are. So prompts are always cut at the same
-places, multiples of `Artifact.prefill_tokens` from the start, and whole pieces are what is reused: what follows then is
+places, multiples of a piece's length from the start, and whole pieces are what is reused: what follows then is
 bit for bit what a fresh start gives. What an answer's tokens left behind is reused only where `reuse: fast` allows it.
 """
 
@@ -53,12 +53,17 @@ class Reader:
         og: the module onnxruntime_genai.
         model: its model.
         artifact: what the model was loaded from.
+        piece: tokens of a prompt that are read at once; as the artifact has it when None.
+
+    Attributes:
+        fixed: the graph's shapes are fixed, which leaves its KV cache as it was made.
     """
 
-    def __init__(self, og: Any, model: Any, artifact: Artifact) -> None:
+    def __init__(self, og: Any, model: Any, artifact: Artifact, piece: int | None = None) -> None:
+        self._piece = piece or artifact.prefill_tokens
         self._og, self._model, self._artifact = og, model, artifact
         # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
-        self._fixed = "sliding_window" in artifact.config["model"]["decoder"]
+        self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
         self._guidance_works = False
         self._kept: Context | None = None
 
@@ -68,7 +73,7 @@ class Reader:
 
     def keep(self, context: Context) -> None:
         """Keep a context for the next prompt; only where its `ids` are right."""
-        if not self._fixed:
+        if not self.fixed:
             self._kept = context
 
     def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str) -> Context:
@@ -94,7 +99,7 @@ class Reader:
                 need = max(need, 2 * kept.capacity)
         kept = None  # frees its memory before more is taken
         capacity = self._artifact.max_length
-        if not self._fixed:
+        if not self.fixed:
             capacity = min(-(-need // _STEP) * _STEP, capacity)
         return Context(self._generator(capacity, guide), key, capacity)
 
@@ -109,7 +114,7 @@ class Reader:
         self, context: Context, ids: list[int], cancel: threading.Event, on_prefill: OnPrefill | None = None
     ) -> None:
         """Read what a context does not know of a prompt, a piece at a time, until it is cancelled."""
-        for _ in self._pieces(context, ids, self._artifact.prefill_tokens, cancel, on_prefill):
+        for _ in self._pieces(context, ids, self._piece, cancel, on_prefill):
             pass
 
     def logits(
@@ -121,7 +126,7 @@ class Reader:
             An iterator over pieces: the place of the first position, and the logits (positions, vocabulary) of it and
             the following ones.
         """
-        size = 1 if self._artifact.last_logits_only else self._artifact.prefill_tokens
+        size = 1 if self._artifact.last_logits_only else self._piece
         for start in self._pieces(context, ids, size, cancel, on_prefill):
             with native(FAILED, self._artifact):
                 yield start, np.asarray(context.generator.get_output("logits")[0], np.float32)
@@ -134,7 +139,7 @@ class Reader:
             with native(FAILED, self._artifact):
                 context.generator.append_tokens(ids[start:end])
             context.ids += ids[start:end]
-            if context.whole == start and end - start == self._artifact.prefill_tokens:
+            if context.whole == start and end - start == self._piece:
                 context.whole = end
             if on_prefill:
                 on_prefill(end, len(ids))
@@ -144,7 +149,7 @@ class Reader:
         """How many tokens need not be read again."""
         most = min(len(kept.ids), len(ids) - 1)  # the last token is read in any case: its logits are needed
         common = next((i for i in range(most) if kept.ids[i] != ids[i]), most)
-        size = self._artifact.prefill_tokens
+        size = self._piece
         return common if reuse == "fast" else min(common, kept.whole) // size * size
 
     def _generator(self, capacity: int, guide: Guide | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,15 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError
-from edgetune.runtime import genai
 from edgetune.runtime.answer import Answer, Request, cancelled
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.completion import Completion, Message, Piece, TokenLogprob, ToolCall
-from edgetune.runtime.hardware import checked_threads
-from edgetune.runtime.native import check_text, native
+from edgetune.runtime.model import load_model
+from edgetune.runtime.native import check_text
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
 from edgetune.runtime.prefix import OnPrefill, Reader
-from edgetune.runtime.providers import named, register_genai, require
+from edgetune.runtime.profile import settings_for
 from edgetune.runtime.templates import Template
 from edgetune.runtime.tools import checked_tools
 from edgetune.runtime.vocabulary import Vocabulary
@@ -36,7 +34,8 @@ class Session:
 
     Args:
         artifact: a verified artifact.
-        threads: CPU threads; all cores when None.
+        threads: CPU threads; as the device profile has them when None, or all cores where there is none.
+        use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
         on_cpu: run it on the CPU, whatever provider it was exported for.
 
     Raises:
@@ -46,25 +45,15 @@ class Session:
             not what the model was trained with (golden.json).
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, *, on_cpu: bool = False) -> None:
-        threads = checked_threads(threads)
-        provider = "cpu" if on_cpu else named(artifact.config)
-        if provider != "cpu":
-            require(provider, artifact.name)
-        started = time.perf_counter()
-        self.artifact, self.threads = artifact, threads
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, *, use_profile: bool = True, on_cpu: bool = False
+    ) -> None:
+        self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
         self._lock = threading.Lock()
-        self._og = genai()
-        register_genai(self._og, provider)
-        settings = {"log_severity_level": 3, "intra_op_num_threads": self.threads}
-        with native("ONNX Runtime cannot load the artifact", artifact):
-            config = self._og.Config(str(artifact.path))
-            if on_cpu:
-                config.clear_providers()
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
-            self._model: Any = self._og.Model(config)
-            self._tokenizer: Any = self._og.Tokenizer(self._model)
-        self._reader = Reader(self._og, self._model, artifact)
+        started = time.perf_counter()
+        loaded = load_model(artifact, self.settings, on_cpu=on_cpu)
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._reader = Reader(loaded.og, loaded.model, artifact, self.settings.prefill_tokens)
         self._template = Template(artifact, self._tokenizer)
         self._check_contract()
         self.load_s = time.perf_counter() - started
@@ -84,7 +73,7 @@ class Session:
     def read(self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
         """Read a prompt ahead, such as a system prompt that conversations will begin with.
 
-        Whole pieces of `Artifact.prefill_tokens` of it are kept for the prompts that follow, as long as these begin with
+        Whole pieces of it (`Artifact.prefill_tokens`, or the device profile's) are kept for the prompts that follow, as long as these begin with
         it.
 
         Returns:
@@ -215,7 +204,7 @@ class Session:
     def _answer(self, request: Request) -> Answer:
         decoder = self._open().create_stream()
         vocabulary = self._vocabulary if request.names_tokens else None
-        return Answer(self._reader, self.artifact, decoder, vocabulary, request)
+        return Answer(self._reader, self.artifact, decoder, vocabulary, request, self.settings.row_costs)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

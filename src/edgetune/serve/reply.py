@@ -19,6 +19,10 @@ def usage(done: Completion) -> dict[str, Any]:
         "completion_tokens": done.completion_tokens,
         "total_tokens": done.prompt_tokens + done.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": done.accepted_tokens,
+            "rejected_prediction_tokens": done.drafted_tokens - done.accepted_tokens,
+        },
     }
 
 

@@ -47,7 +47,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Parameters that are options of the runtime under the same name.
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "seed", "prompt_logprobs", "repetition_penalty", "presence_penalty",
-    "frequency_penalty",
+    "frequency_penalty", "speculation", "exact",
 )  # fmt: skip
 _CONSTRAINTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
 
@@ -95,6 +95,9 @@ class ChatRequest(_Part):
     prompt_logprobs: int | None = None
     structured_outputs: Any = None
     cache_prompt: bool | None = None
+    # Ours: see GenerationOptions.
+    speculation: Any = None
+    exact: bool | None = None
 
     @classmethod
     def parse(cls, body: bytes) -> ChatRequest:

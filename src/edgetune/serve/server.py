@@ -30,6 +30,7 @@ def serve(
     name: str | None,
     queue: int,
     threads: int | None,
+    use_profile: bool = True,
     ready: Callable[[str, str], None],
 ) -> None:
     """Serve an artifact until Ctrl-C or SIGTERM. Blocks; to be called in the main thread.
@@ -40,7 +41,8 @@ def serve(
         port: TCP port; 0 takes a free one.
         name: the model's name for clients; the artifact's own when None.
         queue: how many requests may wait while one is answered.
-        threads: CPU threads for the model; all cores when None.
+        threads: CPU threads for the model; the device profile's, or all cores, when None.
+        use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
         ready: called with the service's URL and the model's name once requests are taken.
 
     Raises:
@@ -55,7 +57,7 @@ def serve(
         _warn_if_open(listener)
         artifact = open_artifact(path)
         with lease(artifact.path, "edgetune serve"):
-            session = Session(artifact, threads=threads)
+            session = Session(artifact, threads=threads, use_profile=use_profile)
             model = name or artifact.name
             app = create_app(session, model, queue)
             Server(app, listener, lambda: ready(url(listener), model)).run_until_signal()

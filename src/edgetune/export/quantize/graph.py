@@ -16,6 +16,7 @@ from edgetune.errors import EdgetuneError
 from edgetune.export.quantize.checkpoint import EMBEDDING_FILE
 from edgetune.export.quantize.kernels import DOMAIN, halve_scales, put_kernels, register
 from edgetune.export.quantize.plan import EMBEDDING
+from edgetune.export.quantize.rows import put_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,6 +44,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
     put_kernels(model.graph, graph_file, int8)
     halve_scales(model.graph)
     _trim_angles(model.graph, context)
+    put_rows(model.graph)
     _save(model, graph_file)
 
 

@@ -51,7 +51,8 @@ def compare(
 
 
 def _job(path: Path, section: BenchSection, options: BenchOptions) -> Job:
-    return Job(path, options.threads[0] if options.threads else section.threads, options.provider)
+    threads = options.threads[0] if options.threads else section.threads
+    return Job(path, threads, options.provider, use_profile=options.use_profile)
 
 
 def _same_work(before: dict[str, Any], where: Path) -> None:

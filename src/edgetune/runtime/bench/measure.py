@@ -52,7 +52,7 @@ def bench(
     writable(out, artifact)
     options = options or BenchOptions(loads=0)
     counts = options.threads or (section.threads,)
-    jobs = [Job(artifact, threads, options.provider) for threads in counts]
+    jobs = [Job(artifact, threads, options.provider, use_profile=options.use_profile) for threads in counts]
     reports = measured(jobs, section, options)
     report = max(reports, key=_speed)
     if len(reports) > 1:

@@ -30,6 +30,10 @@ class Job:
         provider: execution provider; the one that it was exported for when None.
         session: answer through a session, as chat, copy and prompts need, rather than on the bare generator.
         session_options: further entries of genai_config.json's `session_options`, for the bare generator.
+        prefill_tokens: tokens of a prompt that are read at once, for the bare generator; as the device profile or the
+            artifact has it when None.
+        use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did and `threads`
+            is None.
     """
 
     artifact: Path
@@ -37,6 +41,8 @@ class Job:
     provider: str | None = None
     session: bool = False
     session_options: dict[str, Any] = field(default_factory=dict)
+    prefill_tokens: int | None = None
+    use_profile: bool = True
 
 
 class Worker:
@@ -92,6 +98,12 @@ class Worker:
         if found["pss_mb"] is not None:
             self.peak_pss_mb = max(self.peak_pss_mb or 0.0, found["pss_mb"])
         return list(found["samples"])
+
+    def rows(self, number: int, counts: Sequence[int]) -> dict[str, Any] | None:
+        """What reading several tokens at once takes; see `worker.Drawn.rows`."""
+        self._tell({"rows": list(counts), "round": number})
+        found = self._answer()["rows"]
+        return None if found is None else dict(found)
 
     def _tell(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None

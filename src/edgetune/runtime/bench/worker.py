@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from edgetune.errors import EdgetuneError, InputError, from_system_error
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.workloads import Workload
-from edgetune.runtime.hardware import checked_threads
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
+from edgetune.runtime.profile import Settings, settings_for
 from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
+from edgetune.runtime.speculation import row_reader
 
 if TYPE_CHECKING:
     from edgetune.runtime.artifact import Artifact
@@ -54,6 +57,9 @@ def _done(engine: Drawn | Asked, order: dict[str, Any]) -> dict[str, Any]:
         reset_peak()
         work = Workload(**order["prepare"])
         return {"rounds": engine.prepare(work, order["warmup"], order["repetitions"])}
+    if "rows" in order:
+        assert isinstance(engine, Drawn)
+        return {"rows": engine.rows(order["round"], order["rows"])}
     samples = engine.round(order["round"])
     return {"samples": samples, "peak_rss_mb": round(peak_rss_mb(), 1), "pss_mb": _pss_mb()}
 
@@ -65,8 +71,8 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         job: the fields of `process.Job`.
 
     Returns:
-        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `threads`, `verify_s`,
-        `load_s`, `peak_rss_mb`.
+        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `threads`,
+        `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
 
     Raises:
         InputError: no sound artifact, or a provider that is missing.
@@ -77,7 +83,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     start = time.perf_counter()
     artifact = open_artifact(Path(job["artifact"]))
     verify_s = time.perf_counter() - start
-    provider, threads = job["provider"] or named(artifact.config), checked_threads(job["threads"])
+    provider = job["provider"] or named(artifact.config)
     if provider != "cpu":
         if provider not in PROVIDERS:
             raise InputError(
@@ -85,8 +91,19 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
             )
         require(provider, artifact.name)
     start = time.perf_counter()
-    kind = Asked if job["session"] else Drawn
-    engine = kind(artifact, provider, threads, job["session_options"])
+    own = provider == named(artifact.config)
+    plain = Settings(job["threads"])
+    chosen = settings_for(artifact, job["threads"], job["use_profile"]) if own else plain
+    engine: Drawn | Asked
+    if job["session"]:
+        engine = Asked(artifact, provider, job["threads"], job["use_profile"])
+    else:
+        options = {**chosen.session, **job["session_options"]}
+        engine = Drawn(
+            artifact,
+            provider,
+            replace(chosen, session=options, prefill_tokens=job["prefill_tokens"] or chosen.prefill_tokens),
+        )
     load_s = time.perf_counter() - start
     return engine, {
         "artifact": artifact.name,
@@ -95,7 +112,8 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         "graph": artifact.config["model"]["decoder"].get("filename"),
         "folder": str(artifact.path),
         "provider": provider,
-        "threads": threads,
+        "threads": chosen.overlay()["intra_op_num_threads"],
+        "device_profile": None if chosen == plain else asdict(chosen),
         "verify_s": round(verify_s, 3),
         "load_s": round(load_s, 3),
         "peak_rss_mb": round(peak_rss_mb(), 1),
@@ -105,10 +123,11 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
 class Drawn:
     """Drawn prompts on the bare generator: what the model takes, without chat template, stops and text."""
 
-    def __init__(self, artifact: Artifact, provider: str, threads: int, session_options: dict[str, Any]) -> None:
+    def __init__(self, artifact: Artifact, provider: str, settings: Settings) -> None:
         from edgetune.runtime import genai
 
         self._og, self._artifact = genai(), artifact
+        self._size = settings.prefill_tokens or artifact.prefill_tokens
         register_genai(self._og, provider)
         config = self._og.Config(str(artifact.path))
         if provider != named(artifact.config):
@@ -117,8 +136,7 @@ class Drawn:
                 config.append_provider(PROVIDERS[provider].genai)
                 for key, value in (PROVIDERS[provider].options or {}).items():
                     config.set_provider_option(PROVIDERS[provider].genai, key, value)
-        settings = {"log_severity_level": 3, "intra_op_num_threads": threads, **session_options}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": settings}}}))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": settings.overlay()}}}))
         try:
             self._model = self._og.Model(config)
             self._tokenizer = self._og.Tokenizer(self._model)
@@ -191,9 +209,45 @@ class Drawn:
 
             generator.append_tokens(np.array(rows, dtype=np.int32))
             return
-        size = self._artifact.prefill_tokens
-        for first in range(0, len(rows[0]), size):
-            generator.append_tokens(rows[0][first : first + size])
+        for first in range(0, len(rows[0]), self._size):
+            generator.append_tokens(rows[0][first : first + self._size])
+
+    def rows(self, number: int, counts: list[int]) -> dict[str, Any] | None:
+        """What reading several tokens at once takes, and whether it gives the tokens that reading one by one gives.
+
+        Args:
+            number: the round whose prompt begins the answer, which is as long as the workload's.
+            counts: how many tokens are read at once.
+
+        Returns:
+            ms: the median for each of `counts`; of: how many next tokens were compared; differ: how many of them were
+            others. None where the graph does not tell the next token of each position.
+        """
+        ids, new = self._rounds[number][0][1], self._work.new
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=len(ids) + new + max(counts), do_sample=False)
+        generator = self._og.Generator(self._model, params)
+        self._feed(generator, [ids])
+        read = row_reader(generator, self._artifact)
+        if read is None:
+            return None
+        answer = [int(generator.get_logits().argmax())]
+        while len(answer) <= new:
+            answer.append(int(read(answer[-1:])[-1]))
+        times: list[float] = []
+        differ = of = 0
+        for count in counts:
+            taken = []
+            generator.rewind_to(len(ids))
+            for first in range(0, new - count + 1, count):
+                start = time.perf_counter()
+                found = read(answer[first : first + count])
+                taken.append(time.perf_counter() - start)
+                if count > 1:
+                    differ += sum(a != b for a, b in zip(found, answer[first + 1 : first + 1 + count], strict=True))
+                    of += count
+            times.append(_ms(statistics.median(taken)))
+        return {"ms": times, "differ": differ, "of": of}
 
     def _text(self, tokens: list[list[int]]) -> float:
         """Seconds that it takes to make text of the tokens, one by one as a stream does."""
@@ -208,7 +262,7 @@ class Drawn:
 class Asked:
     """Conversations through a session, as `chat` and `serve` have them: template, stops and caches included."""
 
-    def __init__(self, artifact: Artifact, provider: str, threads: int, session_options: dict[str, Any]) -> None:
+    def __init__(self, artifact: Artifact, provider: str, threads: int | None, use_profile: bool) -> None:
         from edgetune.runtime.session import Session
 
         if provider not in ("cpu", named(artifact.config)):
@@ -217,7 +271,7 @@ class Asked:
                 where="provider",
                 fix="measure ppN and tgN on it, or export the artifact for it",
             )
-        self._session = Session(artifact, threads, on_cpu=provider == "cpu")
+        self._session = Session(artifact, threads, use_profile=use_profile, on_cpu=provider == "cpu")
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
         """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
