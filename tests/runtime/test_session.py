@@ -344,7 +344,7 @@ def test_build_without_guidance_is_no_silent_success(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with runtime.load(tiny_artifact) as session:  # one that has not tried guidance yet
-        real = session._og
+        real = session._reader._og
 
         class Params:  # takes guidance and forgets it, as such a build does
             def __new__(cls, model: Any) -> Any:
