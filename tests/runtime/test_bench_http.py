@@ -176,6 +176,8 @@ def test_failures_are_counted_and_told():
         (lambda h, _: send(h, 500, b"<html>broken</html>", "text/html"), "status 500: <html>broken"),
         (lambda h, _: send(h, 200, b"", "text/event-stream"), "the answer is empty"),
         (lambda h, _: send(h, 200, []), "AttributeError"),
+        (lambda h, _: send(h, 200, events(*[piece("a")] * 60), "text/event-stream"), "more than the 6 tokens"),
+        (lambda h, _: send(h, 200, b"data: " + b"[" * 200_000 + b"\n\n", "text/event-stream"), "RecursionError"),
         (lambda h, _: h.wfile.write(b"nonsense\r\n\r\n"), "nonsense"),
         (lambda h, _: time.sleep(0.6), "nothing for too long"),
     ],

@@ -20,6 +20,7 @@ from edgetune.errors import EdgetuneError, InputError
 
 _KEY = "OPENAI_API_KEY"
 _MOST_BYTES = 8 << 20
+_MOST_PIECES = 8  # a token: a service that does not end is left
 _START = "start it first (`edgetune serve ARTIFACT`), and check host and port"
 
 
@@ -157,8 +158,17 @@ def ask(service: Service, messages: list[dict[str, str]], max_tokens: int) -> An
         elif "json" in response.headers.get("Content-Type", ""):
             _whole(response, answer)
         else:
-            _stream(response, answer)
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            _stream(response, answer, max_tokens)
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         answer.error = _why(error)
     finally:
         connection.close()
@@ -168,7 +178,7 @@ def ask(service: Service, messages: list[dict[str, str]], max_tokens: int) -> An
     return answer
 
 
-def _stream(response: http.client.HTTPResponse, answer: Answer) -> None:
+def _stream(response: http.client.HTTPResponse, answer: Answer, max_tokens: int) -> None:
     """Read server-sent events; comments, names and fields that are not data do not matter here."""
     while line := response.readline(_MOST_BYTES):
         now = time.perf_counter()
@@ -190,6 +200,9 @@ def _stream(response: http.client.HTTPResponse, answer: Answer) -> None:
             if text:
                 answer.stamps.append(now)
                 answer.text += text
+        if len(answer.stamps) > _MOST_PIECES * max_tokens:
+            answer.error = f"it sends more than the {max_tokens} tokens that it was asked for"
+            return
 
 
 def _whole(response: http.client.HTTPResponse, answer: Answer) -> None:

@@ -151,7 +151,7 @@ def _level(
 ) -> Level:
     """So many clients at once. Returns the answers round by round, the seconds in all, and what the machine did."""
     pid, shown = around
-    done: queue.Queue[tuple[int, Answer]] = queue.Queue()
+    done: queue.Queue[tuple[int, int, Answer]] = queue.Queue()
     together = threading.Barrier(count)
     stop = threading.Event()
 
@@ -161,22 +161,23 @@ def _level(
             if stop.is_set():
                 return
             messages = source.messages(f"{count} clients, client {index}, round {number}")
-            done.put((number, ask(service, messages, section.new_tokens)))
+            done.put((number, index, ask(service, messages, section.new_tokens)))
 
     meter = Meter([os.getpid(), *([pid] if pid else [])])
-    found: list[list[Answer]] = [[] for _ in range(section.repetitions)]
+    came: list[dict[int, Answer]] = [{} for _ in range(section.repetitions)]
     with meter.round():
         start = time.perf_counter()
         for index in range(count):
             threading.Thread(target=client, args=(index,), daemon=True).start()
         try:
             for _ in range(count * section.repetitions):
-                number, answer = done.get()
-                found[number].append(answer)
+                number, index, answer = done.get()
+                came[number][index] = answer
                 shown.advance(note=f"{count} at once")
         finally:
             stop.set()
         wall = time.perf_counter() - start
+    found = [[part[index] for index in sorted(part)] for part in came]  # not in the order of their ends
     if all(answer.error for part in found for answer in part):
         raise EdgetuneError(f"no request of {count} at once was answered: {found[0][0].error}", where=service.base)
     result = meter.result()

@@ -155,8 +155,12 @@ def _position(report: dict[str, Any]) -> list[str]:
 
 def _memory(report: dict[str, Any]) -> list[str]:
     curves = [curve for curve in report["memory"] or () if len(curve["points"]) > 1]
+    drawn = {entry["name"] for entry in report["workloads"] if entry["kind"] == "drawn"}
     found = []
     for curve in curves:
+        of = ""
+        if len(curves) > 1:
+            of = ": drawn prompts" if any(name in drawn for _, name in curve["marks"]) else ": conversations"
         points = [(x, y) for x, y in curve["points"]]
         plot = Plot(
             "Resident memory over time",
@@ -169,7 +173,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
             plot.rule(x, name, upright=True)
         whose = "service" if report["target"]["kind"] == "http" else "measuring process"
         what = f"The {whose}, ten times a second; highest {max(y for _, y in points):,.0f} MB."
-        found.append(_figure("Memory over time", what, plot.svg()))
+        found.append(_figure(f"Memory over time{of}", what, plot.svg()))
     return found
 
 
