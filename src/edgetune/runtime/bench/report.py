@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -246,4 +245,4 @@ def siblings(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def machine_now(found: dict[str, Any]) -> dict[str, Any]:
     """`hardware()` as a report keeps it."""
-    return {name: value for name, value in found.items() if name != "load_average"} | {"machine": platform.machine()}
+    return {name: value for name, value in found.items() if name != "load_average"}
