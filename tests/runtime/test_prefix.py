@@ -134,7 +134,8 @@ def test_cancelled_at_any_token(session: Session, other: Session) -> None:
 
 def test_a_system_prompt_is_read_ahead(session: Session, other: Session) -> None:
     prompt: Any = [SYSTEM, {"role": "user", "content": "Hi."}]
-    assert session.read([SYSTEM]) > SIZE  # type: ignore[list-item]
+    assert session.read([SYSTEM]) == SIZE  # type: ignore[list-item]
+    assert session.read("Hi.") == 0 and session.read([SYSTEM]) == SIZE  # type: ignore[list-item]
     answer = session.generate(prompt, SHORT)
     assert answer.cached_tokens == SIZE and same(answer, fresh(other, prompt))
 

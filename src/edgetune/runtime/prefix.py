@@ -56,11 +56,12 @@ class Reader:
         piece: tokens of a prompt that are read at once; as the artifact has it when None.
 
     Attributes:
+        piece: the same.
         fixed: the graph's shapes are fixed, which leaves its KV cache as it was made.
     """
 
     def __init__(self, og: Any, model: Any, artifact: Artifact, piece: int | None = None) -> None:
-        self._piece = piece or artifact.prefill_tokens
+        self.piece = piece or artifact.prefill_tokens
         self._og, self._model, self._artifact = og, model, artifact
         # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
         self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
@@ -114,7 +115,7 @@ class Reader:
         self, context: Context, ids: list[int], cancel: threading.Event, on_prefill: OnPrefill | None = None
     ) -> None:
         """Read what a context does not know of a prompt, a piece at a time, until it is cancelled."""
-        for _ in self._pieces(context, ids, self._piece, cancel, on_prefill):
+        for _ in self._pieces(context, ids, self.piece, cancel, on_prefill):
             pass
 
     def logits(
@@ -126,7 +127,7 @@ class Reader:
             An iterator over pieces: the place of the first position, and the logits (positions, vocabulary) of it and
             the following ones.
         """
-        size = 1 if self._artifact.last_logits_only else self._piece
+        size = 1 if self._artifact.last_logits_only else self.piece
         for start in self._pieces(context, ids, size, cancel, on_prefill):
             with native(FAILED, self._artifact):
                 yield start, np.asarray(context.generator.get_output("logits")[0], np.float32)
@@ -139,7 +140,7 @@ class Reader:
             with native(FAILED, self._artifact):
                 context.generator.append_tokens(ids[start:end])
             context.ids += ids[start:end]
-            if context.whole == start and end - start == self._piece:
+            if context.whole == start and end - start == self.piece:
                 context.whole = end
             if on_prefill:
                 on_prefill(end, len(ids))
@@ -149,7 +150,7 @@ class Reader:
         """How many tokens need not be read again."""
         most = min(len(kept.ids), len(ids) - 1)  # the last token is read in any case: its logits are needed
         common = next((i for i in range(most) if kept.ids[i] != ids[i]), most)
-        size = self._piece
+        size = self.piece
         return common if reuse == "fast" else min(common, kept.whole) // size * size
 
     def _generator(self, capacity: int, guide: Guide | None) -> Any:

@@ -71,13 +71,13 @@ class Session:
             del self._reader, self._template
 
     def read(self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
-        """Read a prompt ahead, such as a system prompt that conversations will begin with.
+        """Read ahead: a system prompt that conversations will begin with, or an answer that a next turn will follow.
 
-        Whole pieces of it (`Artifact.prefill_tokens`, or the device profile's) are kept for the prompts that follow, as long as these begin with
-        it.
+        Whole pieces (`Artifact.prefill_tokens`, or the device profile's) are read, and kept for the prompts that follow,
+        as long as these begin with them.
 
         Returns:
-            Its tokens.
+            How many tokens are known now.
 
         Raises:
             InputError: as `stream`.
@@ -85,10 +85,11 @@ class Session:
         request = self._request(prompt, GenerationOptions(), None, tools, None)
         with self._lock:
             self._open()
+            whole = len(request.ids) // self._reader.piece * self._reader.piece
             context = self._reader.begin(request.ids, request.limit, None, request.options.reuse)
-            self._reader.read(context, request.ids, request.cancel)
+            self._reader.read(context, request.ids[:whole], request.cancel)
             self._reader.keep(context)
-        return len(request.ids)
+        return len(context.ids)
 
     def forget(self) -> None:
         """Free what is kept of the last prompt: its KV cache, for the length that was asked for."""
