@@ -176,3 +176,16 @@ def test_interrupted(tiny_artifact: Path) -> None:  # noqa: F811
         _, err = child.communicate(timeout=30)
     assert child.returncode == 130
     assert b"Traceback" not in err and b"interrupted" in err
+
+
+def test_an_answer_imports_only_what_it_needs(tiny_artifact: Path):  # noqa: F811
+    """The time to the first token begins with Python's start."""
+    arguments = ["edgetune", "generate", str(tiny_artifact), "What", "--max-tokens", "2"]
+    code = (
+        "import sys\nfrom edgetune.cli import main\n"
+        f"sys.argv = {arguments!r}\ntry: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'onnx', 'onnxruntime', 'jinja2', 'yaml', 'rich', 'fastapi', 'matplotlib'}\n"
+        "print('HEAVY', sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("HEAVY []\n"), done.stdout
