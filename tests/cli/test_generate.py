@@ -44,6 +44,7 @@ def test_json_and_stats(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F
     assert found["completion_tokens"] == 5 and found["finish_reason"] == "length"
     assert found.keys() == {
         "text", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens", "ttft_s", "decode_tokens_per_s",
+        "drafted_tokens", "accepted_tokens",
     }  # fmt: skip
     assert f"prompt {found['prompt_tokens']} tokens, answer 5 tokens, time to first token" in done.stderr
     plain = edgetune("generate", tiny_artifact, *asked)
