@@ -92,7 +92,11 @@ def _apart(entry: dict[str, Any]) -> str:
         "decode_ms": "decoding it",
         "detokenization_ms": "making text",
     }
-    return ", ".join(f"{what} {entry[name]['p50']:,.3g} ms" for name, what in names.items() if entry[name])
+    return ", ".join(f"{what} {_short(entry[name]['p50'])} ms" for name, what in names.items() if entry[name])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _device(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -139,7 +143,10 @@ def _scaling(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _stress(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if stress := report["stress"]:
-        yield "under stress", f"all numbers are of rounds beside {stress['processes']} busy processes"
+        yield (
+            "under stress",
+            f"all numbers are of rounds beside {stress['processes']} busy process{'es' * (stress['processes'] != 1)}",
+        )
         for found in stress["workloads"]:
             span = f" ({found['ci95'][0]:.2f} to {found['ci95'][1]:.2f})" if found["ci95"] else ""
             yield (
