@@ -22,7 +22,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +150,15 @@ def native_way(artifact: Artifact, session: Session, folder: Path, tokens: int) 
     return answer
 
 
-def measure(artifact: Artifact, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kind of work."""
-    rows = []
+def measure(artifact: Artifact, tokens: int, rounds: int, most: int | None) -> Iterator[dict[str, Any]]:
+    """A row for each kind of work, of its first `most` prompts."""
     with tempfile.TemporaryDirectory(dir=artifact.path.parent) as folder, Session(artifact) as session:
         ways: dict[str, Way] = {name: session_way(session, mode, tokens) for name, mode in _MODES.items()}
         ways["native"] = native_way(artifact, session, Path(folder), tokens)
         for way in ways.values():
             way("Hello.")
-        for kind, prompts in WORK.items():
+        for kind, whole in WORK.items():
+            prompts = whole[:most]
             row: dict[str, Any] = {"kind": kind, "prompts": len(prompts)}
             found: dict[str, list[list[tuple[list[int], float, int, int]]]] = {name: [] for name in ways}
             for prompt in prompts:
@@ -184,8 +184,7 @@ def measure(artifact: Artifact, tokens: int, rounds: int) -> list[dict[str, Any]
                     "same": sum(answers[0][0] == ids for answers, ids in zip(prompts_found, plain, strict=True)),
                     "repeats": all(a[0] == answers[0][0] for answers in prompts_found for a in answers),
                 }
-            rows.append(row)
-    return rows
+            yield row
 
 
 _MODES = {"plain": "off", "adaptive": "auto", "always": "on"}
@@ -197,21 +196,26 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, help="of each kind; all when not given")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     given = parser.parse_args()
-    rows = measure(open_artifact(given.artifact), given.tokens, given.rounds)
     print(f"{cpu()['model']}, {cpu()['usable_cores']} cores, load {load_average()}")
     print(
         "| work | plain | native | adaptive | always | accepted (adaptive) | same as plain: native, adaptive, always |"
     )
     print("|---|---|---|---|---|---|---|")
-    for row in rows:
+    rows = []
+    for row in measure(open_artifact(given.artifact), given.tokens, given.rounds, given.prompts):
+        rows.append(row)
         others = [
             f"{row[name]['tokens_per_s']:.0f} ({row[name]['factor']:.2f}×)" for name in ("native", "adaptive", "always")
         ]
         share = f"{row['adaptive']['accepted']} of {row['adaptive']['drafted']}"
         same = ", ".join(f"{row[name]['same']}/{row['prompts']}" for name in ("native", "adaptive", "always"))
-        print(f"| {row['kind']} | {row['plain']['tokens_per_s']:.0f} | {' | '.join(others)} | {share} | {same} |")
+        print(
+            f"| {row['kind']} | {row['plain']['tokens_per_s']:.0f} | {' | '.join(others)} | {share} | {same} |",
+            flush=True,
+        )
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2))
 

@@ -51,7 +51,7 @@ def test_trials_change_one_thing_of_the_best(tiny_artifact: Path):  # noqa: F811
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short rounds, of two trials: one that nobody may keep, and one that cannot run."""
     monkeypatch.setattr(module, "_PAIRS", 3)
-    monkeypatch.setattr(module, "_LOADED_S", 0)
+    monkeypatch.setattr(module, "_STATE_S", 60)
     monkeypatch.setattr(module, "_QUIET", (40, 20))
     wrong = Trial("wrong", (("graph_optimization_level", "none such"),))
     same = Trial("same", (("session.intra_op.allow_spinning", "1"),), under_load=True)

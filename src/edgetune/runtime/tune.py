@@ -27,12 +27,12 @@ SECONDS = 110.0  # all of it, by default
 _QUIET = (128, 48)  # tokens of a round at most: prompt and answer
 _PAIRS, _LEAST_PAIRS = 6, 3
 _LOADED = (32, 8)  # tokens of a round on a busy machine, where all may be twenty times slower
-_LOADED_S = 8.0  # for the rounds of one setting there
+_STATE_S = 8.0  # for the rounds of one setting, on a quiet machine and on a busy one; two rounds are made in any case
 _ROWS = (1, 2, 4, 8, 16)  # tokens that are read at once, to learn what guessing ahead costs
 _ROUND_S = 0.5  # a round is shortened to this where the model is slow
 _GAIN = 0.01  # what the quarter of rounds that speaks least for a setting must still show
 _HOPELESS = 0.85  # a setting that is so much slower on a quiet machine is not tried on a busy one
-_TRIALS = 0.8  # the share of the time that is for trials
+_TRIALS = 0.65  # the share of the time that is for trials
 
 
 @dataclass(frozen=True)
@@ -224,19 +224,21 @@ class _Work:
         """Rounds of both in turn; those under load only where they can matter."""
         quiet, middle = Ratios([], [], [], True), 1.0
         self._prepare(self.quiet, best, other)
+        end = time.monotonic() + _STATE_S
         for number in range(_PAIRS):
             quiet = self._pair(best, other, quiet, number)
             middle = statistics.median(quiet.whole)
-            if len(quiet.whole) >= _LEAST_PAIRS and (middle < 1 - _GAIN or not quiet.same_tokens or self.over()):
+            known = number + 1 >= _LEAST_PAIRS and (middle < 1 - _GAIN or not quiet.same_tokens)
+            if known or (number and time.monotonic() > end):
                 break
         if not (under_load and self.under_load and quiet.same_tokens and middle > _HOPELESS):
             return quiet, None
-        loaded, end = Ratios([], [], [], True), time.monotonic() + _LOADED_S
+        loaded, end = Ratios([], [], [], True), time.monotonic() + _STATE_S
         self._prepare(self.loaded, best, other)
         with stress(self.cores):
             for number in range(_PAIRS):
                 loaded = self._pair(best, other, loaded, number)
-                if number + 1 >= _LEAST_PAIRS and time.monotonic() > end:
+                if number and time.monotonic() > end:
                     break
         return quiet, loaded
 
@@ -278,8 +280,11 @@ class _Work:
                 continue
             self._prepare(work, before, after)
             made: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+            end = time.monotonic() + _STATE_S
             with stress(load):
-                for number in range(_LEAST_PAIRS if load else _PAIRS):
+                for number in range(_PAIRS):
+                    if number > 1 and time.monotonic() > end:
+                        break
                     for name, worker in (("before", before), ("after", after)):
                         made[name] += worker.round(number)
             for name, worker in (("before", before), ("after", after)):
