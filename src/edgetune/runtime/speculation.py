@@ -2,7 +2,7 @@
 
 Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) with the greedy check of
 speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). A guess costs more than a step and is
-often wrong, so an account is kept: what wrong guesses cost may not exceed a fiftieth of the answer. All decisions
+often wrong, so an account is kept: what wrong guesses cost may not exceed a step and a seventieth of the answer. All decisions
 follow from tokens and from costs that were measured before, none from the clock: the same prompt gives the same answer.
 
 Kernels round a row among several otherwise than alone, so an answer may differ from that of plain decoding where two
@@ -20,10 +20,10 @@ from edgetune.runtime.artifact import Artifact
 MOST_ROWS = 16  # positions that a graph gives the likeliest tokens of in one go
 ROW_TOKENS = "row_tokens"  # the output that has them; export/quantize/rows.py puts it into graphs
 _ORDERS = (4, 3, 2)  # lengths of what is looked up, the surest first
-_PRIOR = {4: (6.0, 2.0), 3: (4.0, 3.0), 2: (2.0, 4.0)}  # right and wrong guesses that each begins with
+_PRIOR = {4: (8.0, 1.5), 3: (5.0, 2.5), 2: (2.0, 4.0)}  # right and wrong guesses that each begins with
 _FADE = 0.92  # of the counts, a guess
 _WORTH = 1.05  # how much faster than plain steps a guess has to promise to be
-_LOSS, _START = 0.02, 0.6  # the account: what may be lost of the answer's steps, and at its begin
+_LOSS, _START = 0.015, 1.0  # the account: what may be lost of the answer's steps, and at its begin
 _MOST_CREDIT = 6.0  # steps; what copying gained is not lost again on open writing
 # Steps that reading so many rows at once takes, where nobody has measured: `edgetune tune` does.
 DEFAULT_COSTS = {1: 1.0, 2: 1.25, 4: 1.5, 8: 2.1, 16: 3.4}
@@ -88,13 +88,15 @@ class Policy:
         if self._always or most < 1:
             return max(most, 0)
         share = self._right[order] / (self._right[order] + self._wrong[order])
+        allowed = _START + _LOSS * self._tokens + self._balance
         best, rate, gain = 0, _WORTH, 0.0
         for width in range(1, most + 1):
+            if self._cost[width + 1] - 1 > allowed:
+                break
             gain += share**width
             if (1 + gain) / self._cost[width + 1] > rate:
                 best, rate = width, (1 + gain) / self._cost[width + 1]
-        allowed = _START + _LOSS * self._tokens + self._balance
-        return best if best and self._cost[best + 1] - 1 <= allowed else 0
+        return best
 
     def plain(self) -> None:
         """A step without a guess was made."""
