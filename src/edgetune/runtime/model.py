@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune.errors import EdgetuneError, first_line
 from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
-from edgetune.runtime.memory import trim
+from edgetune.runtime.memory import trim, use_huge_pages
 from edgetune.runtime.profile import Settings
-from edgetune.runtime.providers import named, register_genai, require
+from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
+
+_HUGE_FROM_MB = 32  # what is smaller stays in the processor's caches
 
 
 @dataclass
@@ -23,28 +26,33 @@ class Loaded:
     tokenizer: Any
 
 
-def load_model(artifact: Artifact, settings: Settings, *, on_cpu: bool = False) -> Loaded:
+def load_model(artifact: Artifact, settings: Settings, provider: str | None = None) -> Loaded:
     """Load an artifact.
 
     Args:
         artifact: a verified artifact.
         settings: threads and session options.
-        on_cpu: run it on the CPU, whatever provider it was exported for.
+        provider: run it on this one, by edgetune's name; on what it was exported for when None.
 
     Raises:
         InputError: a number of threads that cannot be, or an execution provider that is missing.
         EdgetuneError: ONNX Runtime cannot load it.
     """
     options = settings.overlay()
-    provider = "cpu" if on_cpu else named(artifact.config)
+    own = named(artifact.config)
+    provider = provider or own
     if provider != "cpu":
         require(provider, artifact.name)
     og = genai()
     register_genai(og, provider)
     try:
         config = og.Config(str(artifact.path))
-        if on_cpu:
+        if provider != own:
             config.clear_providers()
+            if provider != "cpu":
+                config.append_provider(PROVIDERS[provider].genai)
+                for key, value in (PROVIDERS[provider].options or {}).items():
+                    config.set_provider_option(PROVIDERS[provider].genai, key, value)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         model = og.Model(config)
         loaded = Loaded(og, model, og.Tokenizer(model))
@@ -55,4 +63,6 @@ def load_model(artifact: Artifact, settings: Settings, *, on_cpu: bool = False) 
             fix="export it again; `edgetune doctor` checks the installation",
         ) from error
     trim()  # reading tokenizer.json leaves 14 MB behind
+    if settings.huge_pages and artifact.size_mb >= _HUGE_FROM_MB:
+        threading.Thread(target=use_huge_pages, name="huge pages", daemon=True).start()
     return loaded

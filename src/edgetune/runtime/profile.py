@@ -39,12 +39,14 @@ class Settings:
         session: further session options of ONNX Runtime, as genai_config.json has them.
         prefill_tokens: tokens of a prompt that go through the model in one call; the artifact's own number when None.
         row_costs: steps that reading 1, 2, … tokens at once takes, for guessing ahead; None where nobody measured.
+        huge_pages: move the weights to pages of 2 MB after loading, where the system has them (`memory.use_huge_pages`).
     """
 
     threads: int | None = None
     session: dict[str, str | bool] = field(default_factory=dict)
     prefill_tokens: int | None = None
     row_costs: dict[int, float] | None = None
+    huge_pages: bool = True
 
     def overlay(self) -> dict[str, Any]:
         """The `session_options` of genai_config.json that these settings make. Raises InputError for wrong threads."""
@@ -116,6 +118,7 @@ def read(path: Path) -> Profile:
             dict(given["session"]),
             given["prefill_tokens"],
             None if costs is None else {int(rows): float(cost) for rows, cost in costs.items()},
+            given["huge_pages"],
         )
         profile = Profile(
             str(found["artifact"]),
@@ -135,6 +138,8 @@ def _check(settings: Settings, path: Path, fix: str) -> None:
     for name, value in (("threads", settings.threads), ("prefill_tokens", settings.prefill_tokens)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"{name} must be a whole number from 1, not {value!r}", where=path, fix=fix)
+    if not isinstance(settings.huge_pages, bool):
+        raise InputError(f"huge_pages must be true or false, not {settings.huge_pages!r}", where=path, fix=fix)
     for rows, cost in (settings.row_costs or {1: 1.0}).items():
         if rows < 1 or not 0 < cost < 1e6:
             raise InputError(f"says that {rows} rows cost {cost} steps", where=path, fix=fix)

@@ -51,7 +51,7 @@ class Session:
         self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
         self._lock = threading.Lock()
         started = time.perf_counter()
-        loaded = load_model(artifact, self.settings, on_cpu=on_cpu)
+        loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._reader = Reader(loaded.og, loaded.model, artifact, self.settings.prefill_tokens)
         self._template = Template(artifact, self._tokenizer)

@@ -42,7 +42,7 @@ class Trial:
     Attributes:
         name: as people read it.
         session: session options that it sets.
-        threads, prefill_tokens: what it sets of `Settings`, if not None.
+        threads, prefill_tokens, huge_pages: what it sets of `Settings`, if not None.
         under_load: whether it is one for busy machines, too.
     """
 
@@ -50,13 +50,16 @@ class Trial:
     session: tuple[tuple[str, str | bool], ...] = ()
     threads: int | None = None
     prefill_tokens: int | None = None
+    huge_pages: bool | None = None
     under_load: bool = False
 
     def on(self, best: Settings) -> Settings:
         """`best` with this setting."""
         threads = best.threads if self.threads is None else self.threads
         tokens = best.prefill_tokens if self.prefill_tokens is None else self.prefill_tokens
-        return replace(best, threads=threads, session={**best.session, **dict(self.session)}, prefill_tokens=tokens)
+        pages = best.huge_pages if self.huge_pages is None else self.huge_pages
+        session = {**best.session, **dict(self.session)}
+        return replace(best, threads=threads, session=session, prefill_tokens=tokens, huge_pages=pages)
 
 
 def trials(artifact: Artifact) -> list[Trial]:
@@ -74,6 +77,7 @@ def trials(artifact: Artifact) -> list[Trial]:
             for size in (32, 64, 128, 256)
             if size != artifact.prefill_tokens
         ),
+        Trial("no huge pages", huge_pages=False),
         Trial("no memory arena", (("enable_cpu_mem_arena", False),)),
         Trial("no memory pattern", (("enable_mem_pattern", False),)),
     ]
@@ -181,7 +185,7 @@ class _Work:
 
     def start(self, settings: Settings, stack: contextlib.ExitStack) -> Worker:
         """A process with the artifact, warm by one round, that ends with `stack`."""
-        own = (settings.threads, None, False, settings.session, settings.prefill_tokens, False)
+        own = (settings.threads, None, False, settings.session, settings.prefill_tokens, False, settings.huge_pages)
         worker = stack.enter_context(Worker(Job(self.artifact.path, *own)))
         worker.opened()
         worker.prepare(self.loaded, 1, 0)

@@ -34,6 +34,7 @@ class Job:
             artifact has it when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did and `threads`
             is None.
+        huge_pages: as `profile.Settings`, for the bare generator.
     """
 
     artifact: Path
@@ -43,6 +44,7 @@ class Job:
     session_options: dict[str, Any] = field(default_factory=dict)
     prefill_tokens: int | None = None
     use_profile: bool = True
+    huge_pages: bool = True
 
 
 class Worker:

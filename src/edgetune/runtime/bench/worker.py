@@ -24,7 +24,7 @@ from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.workloads import Workload
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.runtime.profile import Settings, settings_for
-from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
+from edgetune.runtime.providers import PROVIDERS, named
 from edgetune.runtime.speculation import row_reader
 
 if TYPE_CHECKING:
@@ -84,12 +84,10 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     artifact = open_artifact(Path(job["artifact"]))
     verify_s = time.perf_counter() - start
     provider = job["provider"] or named(artifact.config)
-    if provider != "cpu":
-        if provider not in PROVIDERS:
-            raise InputError(
-                f"there is no provider {provider!r}", where="provider", fix=f"take cpu, {', '.join(PROVIDERS)}"
-            )
-        require(provider, artifact.name)
+    if provider != "cpu" and provider not in PROVIDERS:
+        raise InputError(
+            f"there is no provider {provider!r}", where="provider", fix=f"take cpu, {', '.join(PROVIDERS)}"
+        )
     start = time.perf_counter()
     own = provider == named(artifact.config)
     plain = Settings(job["threads"])
@@ -98,12 +96,13 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     if job["session"]:
         engine = Asked(artifact, provider, job["threads"], job["use_profile"])
     else:
-        options = {**chosen.session, **job["session_options"]}
-        engine = Drawn(
-            artifact,
-            provider,
-            replace(chosen, session=options, prefill_tokens=job["prefill_tokens"] or chosen.prefill_tokens),
+        used = replace(
+            chosen,
+            session={**chosen.session, **job["session_options"]},
+            prefill_tokens=job["prefill_tokens"] or chosen.prefill_tokens,
+            huge_pages=job["huge_pages"] and chosen.huge_pages,
         )
+        engine = Drawn(artifact, provider, used)
     load_s = time.perf_counter() - start
     return engine, {
         "artifact": artifact.name,
@@ -124,28 +123,11 @@ class Drawn:
     """Drawn prompts on the bare generator: what the model takes, without chat template, stops and text."""
 
     def __init__(self, artifact: Artifact, provider: str, settings: Settings) -> None:
-        from edgetune.runtime import genai
+        from edgetune.runtime.model import load_model
 
-        self._og, self._artifact = genai(), artifact
-        self._size = settings.prefill_tokens or artifact.prefill_tokens
-        register_genai(self._og, provider)
-        config = self._og.Config(str(artifact.path))
-        if provider != named(artifact.config):
-            config.clear_providers()
-            if provider != "cpu":
-                config.append_provider(PROVIDERS[provider].genai)
-                for key, value in (PROVIDERS[provider].options or {}).items():
-                    config.set_provider_option(PROVIDERS[provider].genai, key, value)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": settings.overlay()}}}))
-        try:
-            self._model = self._og.Model(config)
-            self._tokenizer = self._og.Tokenizer(self._model)
-        except RuntimeError as error:
-            raise EdgetuneError(
-                f"ONNX Runtime cannot load the artifact: {' '.join(str(error).split())[:300]}",
-                where=artifact.path,
-                fix="export it again; `edgetune doctor` checks the installation",
-            ) from error
+        self._artifact, self._size = artifact, settings.prefill_tokens or artifact.prefill_tokens
+        loaded = load_model(artifact, settings, provider)
+        self._og, self._model, self._tokenizer = loaded.og, loaded.model, loaded.tokenizer
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
         """Draw the prompts of all rounds, warm-ups first. Returns how many rounds there are."""
