@@ -13,7 +13,6 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,7 @@ def evaluate(
     Raises:
         InputError: lm-evaluation-harness is not installed, there is no such task, or its data cannot be had.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError("lm-evaluation-harness is not installed", fix="pip install 'edgetune[evaluate]'")
-    require_extra("export")
+    require_extra("evaluate")
     folders = [_folder(path) for path in (artifact, against) if path is not None]
     with _quiet():
         loaded = _load(tasks, include, shots)
