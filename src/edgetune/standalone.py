@@ -215,14 +215,14 @@ def verify_artifact(
     """
     from edgetune.data.render import Renderer
     from edgetune.export.card import stamp
-    from edgetune.export.readers import ends, longest
+    from edgetune.export.readers import ends, longest, provider_of
     from edgetune.export.targets import limits_of
     from edgetune.export.verify import verify
     from edgetune.models import load_tokenizer
 
     require_extra("export")
     found = model_at(artifact, "artifact")
-    provider = _provider(found, provider)
+    provider = provider_of(found, provider)
     run = found.parent
     if merged is None and not (run / "merged").is_dir():
         raise InputError("no merged model lies beside the artifact", where=found, fix="name it: --against FOLDER")
@@ -253,30 +253,6 @@ def verify_artifact(
         write_json(out / "report.json", report)
     stamp(found, report)
     return {"path": str(found), "against": str(against), **report}
-
-
-def _provider(folder: Path, asked: str | None) -> str:
-    """Where a model is to run. Raises InputError: that provider is missing here."""
-    from edgetune.export.readers import CONFIG, is_graph
-    from edgetune.runtime.providers import PROVIDERS, named, status
-
-    if not is_graph(folder):
-        if asked not in (None, "cpu"):
-            raise InputError("runs on PyTorch, on the CPU", where=folder, fix="leave out --provider")
-        return "cpu"
-    name = asked or named(read_json(folder / CONFIG))
-    if name not in ("cpu", *PROVIDERS):
-        raise InputError(
-            f"there is no provider `{name}`", where="--provider", fix=f"one of cpu, {', '.join(PROVIDERS)}"
-        )
-    here = status(name)
-    if not here.runs:
-        raise InputError(
-            f"needs the execution provider {PROVIDERS[name].ep}, which {here.note} here; the CPU does not take its place",
-            where=folder,
-            fix=f"{here.fix}; or compare its numbers on the CPU, which says nothing of the device: --provider cpu",
-        )
-    return name
 
 
 def model_at(path: Path, output: Literal["artifact", "merged"]) -> Path:

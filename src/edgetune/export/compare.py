@@ -159,6 +159,7 @@ def _numbers(artifact: Path, verified: dict[str, Any] | None, benched: dict[str,
             "model": inputs.get("merged", verified.get("against")),
             "rows": [inputs.get("data"), verified["rows"], verified["tokens"]],
             "tokens fed at once": verified.get("step"),
+            "provider": (verified.get("device") or {}).get("provider", "cpu"),
         }
     if benched:
         row |= {name: benched[name]["p50"] for name in ("decode_tokens_per_s", "prefill_tokens_per_s")}

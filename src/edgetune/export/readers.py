@@ -14,6 +14,7 @@ from edgetune.errors import InputError
 from edgetune.export.graph_reader import CONFIG, Graph, at
 from edgetune.files import read_json
 from edgetune.models import context_length, load_model, stop_ids
+from edgetune.runtime.providers import PROVIDERS, named, status
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,27 @@ def open_reader(folder: Path, *, provider: str = "cpu", trust_remote_code: bool 
         InputError: the provider is missing, or the model cannot be loaded, or does not give what is compared.
     """
     return Graph(folder, provider=provider) if is_graph(folder) else Weights(folder, trust_remote_code)
+
+
+def provider_of(folder: Path, asked: str | None = None) -> str:
+    """Where a model is to run: as `asked`, else on what it was made for. Raises InputError: that provider is missing here."""
+    if not is_graph(folder):
+        if asked not in (None, "cpu"):
+            raise InputError("runs on PyTorch, on the CPU", where=folder, fix="leave out --provider")
+        return "cpu"
+    name = asked or named(read_json(folder / CONFIG))
+    if name not in ("cpu", *PROVIDERS):
+        raise InputError(
+            f"there is no provider `{name}`", where="--provider", fix=f"one of cpu, {', '.join(PROVIDERS)}"
+        )
+    here = status(name)
+    if not here.runs:
+        raise InputError(
+            f"needs the execution provider {PROVIDERS[name].ep}, which {here.note} here; the CPU does not take its place",
+            where=folder,
+            fix=f"{here.fix}; or compare its numbers on the CPU, which says nothing of the device: --provider cpu",
+        )
+    return name
 
 
 def longest(folder: Path) -> int:
