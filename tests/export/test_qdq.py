@@ -123,7 +123,8 @@ def test_what_cannot_be_made_static(tiny_artifact: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("prompt", [LENGTH, 5])
 def test_the_gate_reads_them(static: Path, tiny_artifact: Path, prompt: int) -> None:  # noqa: F811
     """Windows and single tokens, in whatever pieces: logits are those of the graphs called by hand, above."""
-    from edgetune.export.readers import Graph, greedy, longest
+    from edgetune.export.graph_reader import Graph
+    from edgetune.export.readers import greedy, longest
 
     ids = rows()[0][: prompt + 8]
     graph = Graph(static)
@@ -153,7 +154,7 @@ def single(graph: Any, ids: list[int]) -> np.ndarray:
 
 
 def test_windows_of_another_kind_are_refused(static: Path, tmp_path: Path) -> None:
-    from edgetune.export.readers import Graph
+    from edgetune.export.graph_reader import Graph
 
     folder = copy_of(static, tmp_path)
     config = json.loads((folder / "genai_config.json").read_text())

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError, need
-from edgetune.export.readers import CONFIG, ends, is_graph
+from edgetune.export.graph_reader import CONFIG
+from edgetune.export.readers import ends, is_graph
 from edgetune.files import digest, folder_size, read_json, write_json
 from edgetune.progress import say
 from edgetune.recipe import BenchSection

@@ -143,6 +143,8 @@ def _name_provider(config: dict[str, Any], target: Target) -> None:
     if target.provider != "cpu" and (options := PROVIDERS[target.provider].options) is not None:
         session = config["model"]["decoder"].setdefault("session_options", {})
         session["provider_options"] = [{PROVIDERS[target.provider].genai: options}]
+    if target.provider != "cpu" and not PROVIDERS[target.provider].shares_cache:
+        config["search"]["past_present_share_buffer"] = False
 
 
 def _bytes_a_parameter(merged: Path) -> float:

@@ -194,7 +194,8 @@ _TIE = 1e-2  # difference of two logits below which either token may be the like
 
 def check_greedy(merged: Path, artifact: Path, *, trust_remote_code: bool = False) -> None:
     """Raise EdgetuneError unless a float32 artifact's likeliest tokens after a golden prompt are the merged model's."""
-    from edgetune.export.readers import Graph, Weights
+    from edgetune.export.graph_reader import Graph
+    from edgetune.export.readers import Weights
 
     ids = read_json(artifact / "golden.json")["prompts"][0]["ids"]
     wanted, found = Weights(merged, trust_remote_code), Graph(artifact)

@@ -100,7 +100,7 @@ def _run_static(artifact: Path) -> dict[str, Any]:
     Raises:
         EdgetuneError: they do not run, or give what is no number.
     """
-    from edgetune.export.readers import Graph
+    from edgetune.export.graph_reader import Graph
 
     graph = Graph(artifact)
     logits = graph.logits(read_json(artifact / "golden.json")["prompts"][0]["ids"])

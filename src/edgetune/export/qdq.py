@@ -137,7 +137,7 @@ def _overrides(file: Path, shapes: StaticShapes) -> dict[str, list[dict[str, Any
     from onnxruntime.quantization import QuantType
 
     kinds = {8: QuantType.QUInt8, 16: QuantType.QUInt16}
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for node in onnx.load(file, load_external_data=False).graph.node:
         module = node.name.split("/")[-2] if node.op_type == "MatMul" and "/" in node.name else ""
         if (bits := shapes.modules.get(module)) not in (None, shapes.activation_bits):

@@ -14,7 +14,8 @@ from typing import Any
 from edgetune import progress
 from edgetune.data.batch import Encoded, cut
 from edgetune.errors import GateError, InputError
-from edgetune.export.readers import CONFIG, Graph, Reader, ends, greedy, is_graph, longest, open_reader, pieces
+from edgetune.export.graph_reader import CONFIG, Graph
+from edgetune.export.readers import Reader, ends, greedy, is_graph, longest, open_reader, pieces
 from edgetune.export.scores import Place, Scores
 from edgetune.export.tokens import CLASSES, Tokens
 from edgetune.files import read_json, write_json

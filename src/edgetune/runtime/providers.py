@@ -38,6 +38,7 @@ class Provider:
         plugin: the module of its plugin package, None where it is part of a build.
         device: what it needs, for a message.
         options: its options in genai_config.json where the builder does not write them.
+        shares_cache: whether it writes the KV cache into the buffer that it reads it from.
     """
 
     ep: str
@@ -47,6 +48,7 @@ class Provider:
     plugin: str | None
     device: str
     options: dict[str, str] | None = None
+    shares_cache: bool = True
 
 
 PROVIDERS = {
@@ -91,6 +93,7 @@ PROVIDERS = {
         "onnxruntime_ep_openvino",
         "an Intel processor",
         {"device_type": "CPU", "hint_enable_gqa": "True"},  # without it attention stays with ONNX Runtime
+        False,
     ),
     "qnn": Provider(
         "QNNExecutionProvider",
