@@ -78,7 +78,8 @@ def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     if row := _ran(reports.get("verify", {})):
         return [row]
     if device["ran"]:
-        return []
+        said = f"answered on {device['provider']} when it was exported; `edgetune verify` compares it there"
+        return [] if device["provider"] == "cpu" else [(_UNSEEN, said)]
     rows = [(_UNSEEN, "checked, not run on the device: run `edgetune verify` there")]
     for file, shares in device.get("prepared", {}).items():
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
