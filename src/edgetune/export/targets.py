@@ -40,7 +40,7 @@ class StaticShapes(Section):
 
     prefill: int = Field(64, ge=2, description="Tokens of a prompt that are read at once.")
     activation_bits: Literal[8, 16] = Field(
-        16, description="Bits of the activations, calibrated on the training rows; weights have 8."
+        8, description="Bits of the activations, calibrated on the training rows; weights have 8."
     )
     modules: dict[str, Literal[8, 16]] = Field(
         default_factory=dict, description="Bits of what single modules read and write, such as `down_proj: 16`."
