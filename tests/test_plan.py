@@ -117,3 +117,25 @@ def test_training_through_rounding_takes_more_memory(project: Path) -> None:
     assert not wrong(plain) and not wrong(rounded)
     memory = [found["stages"][-1]["memory_mb"] for found in (plain, rounded)]
     assert memory[1] > memory[0]
+
+
+def test_nothing_is_measured_where_nothing_is_to_be_done(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune import plan as planning
+    from edgetune.pipeline import Pipeline
+
+    Pipeline(load("tiny.yaml")).run(until="data")
+
+    def measured(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(planning, "estimates", measured)
+    found = planned(until="data")
+    assert found["stages"][0]["redo"] is False and not wrong(found)
+    with pytest.raises(AssertionError, match="measured"):
+        planned()
+
+
+@pytest.mark.parametrize("target", ["cuda-fp16", "cuda-bf16", "qnn-npu"])
+def test_targets_for_other_devices_can_be_planned(project: Path, target: str) -> None:
+    found = planned(f"export.target={target}")
+    assert found["stages"][3]["disk_mb"] > 0 and not wrong(found)

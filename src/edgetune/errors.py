@@ -46,8 +46,9 @@ class GateError(EdgetuneError):
     exit_code = GATE_NOT_PASSED
 
 
-Extra = Literal["train", "export"]
+Extra = Literal["train", "export", "evaluate"]
 
+_EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "jinja2")
 # What the stages import of each optional extra of pyproject.toml.
 EXTRAS: dict[Extra, tuple[str, ...]] = {
     "train": (
@@ -61,7 +62,8 @@ EXTRAS: dict[Extra, tuple[str, ...]] = {
         "matplotlib",
         "jinja2",
     ),
-    "export": ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "jinja2"),
+    "export": _EXPORT,
+    "evaluate": (*_EXPORT, "lm_eval"),
 }
 
 

@@ -143,6 +143,7 @@ def _calibration(section: str, path: Any, row: int, tokens: int, trust_remote_co
 
 
 def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int, forward_s: float) -> Estimates:
+    from edgetune.export.decoder import BYTES_A_WEIGHT
     from edgetune.export.targets import load_target
     from edgetune.runtime.hardware import bandwidth_gb_s
 
@@ -153,7 +154,8 @@ def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int,
     load_s = _IMPORT_S + weights_mb / _LOAD_MB_S
     runtime_mb = psutil.Process().memory_info().rss / 1e6
     precision = load_target(recipe.export.target).precision
-    bytes_a_weight = {"fp32": 4.0, "int8": 1.15 + 4 * embedding / parameters, "int4": 0.7}[precision]
+    whole = 4 * embedding / parameters if precision == "int8" else 0.0  # the builder leaves the embedding in floats
+    bytes_a_weight = BYTES_A_WEIGHT[precision] + whole
     artifact_mb = bytes_a_weight * parameters / 1e6
     compared = min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1))
     compared += 8 * 8 * recipe.verify.golden_tokens

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import itertools
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,8 @@ from edgetune.errors import InputError
 from edgetune.files import require_space, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import MANIFEST, STAGES, Result, RunFolder, Work, seal
-from edgetune.stage_work import look_before, stage_work, with_target_limits
+from edgetune.runtime.memory import trim
+from edgetune.stage_work import left_out, look_before, runs_on, stage_work, with_target_limits
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
@@ -84,7 +83,7 @@ class Pipeline:
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
             for stage in wanted:
-                if stage == "bench" and self._no_device(result):
+                if stage in ("verify", "bench") and left_out(stage, self.recipe, result.reports["export"]):
                     break
                 force = force or stage == first
                 self._one(stage, result, force)
@@ -121,17 +120,6 @@ class Pipeline:
             self._card(result)
         return result
 
-    def _no_device(self, result: Result) -> bool:
-        """Whether the artifact cannot be measured here, as its provider is not on this machine; says so."""
-        device = result.reports["export"].get("device", {})
-        if device.get("ran", True):
-            return False
-        progress.say(
-            f"bench: left out: the provider {device['provider']} {device['why_not']} here; the artifact was checked, "
-            f"not run on the device: there, `edgetune verify` and `edgetune bench` do both"
-        )
-        return True
-
     @contextlib.contextmanager
     def _no_empty_run(self) -> Iterator[None]:
         """Remove the run folder again where a failure left nothing in it but the recipe. Its lock is held."""
@@ -161,7 +149,8 @@ class Pipeline:
         if why:
             progress.say(f"{stage}: {why}")
             self._do[stage](work)
-            _release_memory()
+            gc.collect()
+            trim()  # what the stage used does not count against the next one
         elif any(result.done.values()):
             progress.say(f"{stage}: unchanged")
         result.reports[stage] = self.folder.report(stage)
@@ -360,8 +349,15 @@ class Pipeline:
         artifact = open_artifact(self.folder.output("export")).path
         with staged_folder(self.folder.output("verify")) as out:
             rows = self._encoded("validation", self.recipe.verify.rows)
-            trusted = self.recipe.model.trust_remote_code
-            verify(artifact, self.folder.output("merge"), rows, self.recipe.verify, out, trust_remote_code=trusted)
+            verify(
+                artifact,
+                self.folder.output("merge"),
+                rows,
+                self.recipe.verify,
+                out,
+                provider=runs_on(self.recipe),
+                trust_remote_code=self.recipe.model.trust_remote_code,
+            )
             seal(out, work)
 
     def _bench(self, work: Work) -> None:
@@ -393,11 +389,3 @@ class Pipeline:
                 known[stage] = self.folder.report(stage)
         text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), known)
         rewrite_card(self.folder.output("export"), text)
-
-
-def _release_memory() -> None:
-    """Give memory that the stage used back to the system, so that it does not count against the next one."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

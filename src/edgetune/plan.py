@@ -46,9 +46,8 @@ def plan(
     installed = _installed(recipe, wanted, checks)
     base = _base(recipe, checks) if installed else None
     tokens = _tokens(recipe, base, checks)
-    estimates = _estimated(recipe, base, tokens, checks, crew) if base and tokens["train"] else {}
     pipeline = Pipeline(loaded, base)
-    stages = []
+    reasons: dict[str, str | None] = {}
     upstream: str | None = None
     forced = force
     for stage in wanted:
@@ -62,7 +61,13 @@ def plan(
         else:
             why = pipeline.folder.stale(pipeline.work(stage))
         upstream = upstream or (stage if why else None)
-        stages.append({"name": stage, "redo": why is not None, "why": why, **estimates.get(stage, _UNKNOWN)})
+        reasons[stage] = why
+    something = upstream is not None and tokens["train"] > 0
+    estimates = _estimated(recipe, base, tokens, checks, crew) if base and something else {}
+    stages = [
+        {"name": stage, "redo": why is not None, "why": why, **estimates.get(stage, _UNKNOWN)}
+        for stage, why in reasons.items()
+    ]
     _machine(recipe, stages, loaded.run_dir, checks)
     return {"recipe": recipe.model_dump(), "run": str(loaded.run_dir), "stages": stages, "checks": checks}
 

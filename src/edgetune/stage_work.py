@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgetune import progress
 from edgetune.data.examine import train_files, validation_files
 from edgetune.errors import InputError, require_extra
 from edgetune.files import digest, sha256_file
@@ -71,10 +72,45 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
         return Work(stage, inputs, options)
     if stage == "verify":
         inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
-        return Work(stage, inputs, {**recipe.verify.model_dump(), **reading})
+        # An artifact that is brought to its device is verified there again.
+        there = {} if (provider := runs_on(recipe)) == "cpu" else {"provider": provider}
+        return Work(stage, inputs, {**recipe.verify.model_dump(), **reading, **there})
     from edgetune.runtime.hardware import cpu
 
     return Work(stage, {"artifact": content("export")}, {**recipe.bench.model_dump(), "cpu": digest(cpu())})
+
+
+def runs_on(recipe: Recipe) -> str:
+    """Where the artifact can be run here: the target's provider, else the CPU, which then stands in for it."""
+    from edgetune.export.targets import load_target
+    from edgetune.runtime.providers import status
+
+    provider = load_target(recipe.export.target).provider
+    return provider if status(provider).runs else "cpu"
+
+
+def left_out(stage: str, recipe: Recipe, export: dict[str, Any]) -> bool:
+    """Whether verify or bench is left out, as the artifact's provider is not on this machine; says so.
+
+    Args:
+        stage: verify or bench.
+        recipe: of the run.
+        export: the report of its export.
+    """
+    device = export.get("device", {})
+    if device.get("ran", True) or runs_on(recipe) == device["provider"]:
+        return False
+    missing = f"the provider {device['provider']} {device['why_not']} here"
+    if stage == "verify" and device.get("ran_on_cpu"):
+        progress.say(
+            f"verify: {missing}; the CPU stands in for it: what the graphs compute is compared, not what the device does"
+        )
+        return False
+    progress.say(
+        f"{stage}: left out: {missing}; the artifact was checked, not run on the device: there, `edgetune verify` and "
+        "`edgetune bench` do both"
+    )
+    return True
 
 
 def file_hash(folder: RunFolder, path: Path) -> str:

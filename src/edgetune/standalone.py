@@ -194,6 +194,7 @@ def verify_artifact(
     out: Path | None,
     *,
     step: int | None = None,
+    provider: str | None = None,
 ) -> dict[str, Any]:
     """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
 
@@ -206,18 +207,22 @@ def verify_artifact(
         limits: limits that replace the run's or the default ones.
         out: folder that gets report.json, or None; what else lies in it stays.
         step: tokens of a row that are fed to the artifact at once; the run's own recipe decides when not given.
+        provider: where the artifact runs, as targets have it; what it was made for when not given. The card of edgetune's
+            own artifacts says so when that was done.
 
     Returns:
         The report of `edgetune.export.verify.verify`, with `path` and `against`.
     """
     from edgetune.data.render import Renderer
-    from edgetune.export.readers import ends, longest
+    from edgetune.export.card import stamp
+    from edgetune.export.readers import ends, longest, provider_of
     from edgetune.export.targets import limits_of
     from edgetune.export.verify import verify
     from edgetune.models import load_tokenizer
 
     require_extra("export")
     found = model_at(artifact, "artifact")
+    provider = provider_of(found, provider)
     run = found.parent
     if merged is None and not (run / "merged").is_dir():
         raise InputError("no merged model lies beside the artifact", where=found, fix="name it: --against FOLDER")
@@ -243,9 +248,10 @@ def verify_artifact(
         lease(against, "edgetune verify"),
         tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
     ):
-        report = verify(found, against, encoded, section, Path(folder), places=places)
+        report = verify(found, against, encoded, section, Path(folder), provider=provider, places=places)
     if out is not None:
         write_json(out / "report.json", report)
+    stamp(found, report)
     return {"path": str(found), "against": str(against), **report}
 
 

@@ -13,7 +13,7 @@ from conftest import edgetune
 
 COMMANDS = [
     *(["run"], ["plan"], ["sweep"], ["train"], ["merge"], ["export"], ["verify"], ["bench"], ["compare"]),
-    *(["tune"], ["chat"], ["generate"], ["serve"], ["doctor"], ["package"], ["unpack"], ["evaluate"]),
+    *(["tune"], ["chat"], ["generate"], ["serve"], ["doctor"], ["package"], ["unpack"], ["evaluate"], ["heal"]),
     *(["recipes", name] for name in ("ls", "show", "cp", "schema")),
     ["data", "check"],
     *([group, name] for group in ("models", "runs") for name in ("ls", "show", "rm")),

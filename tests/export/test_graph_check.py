@@ -10,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from artifacts import copy_of, seal, tiny_artifact  # noqa: F401
 from edgetune.errors import EdgetuneError
-from edgetune.export.graph_check import check_graph
+from edgetune.export.graph_check import check_graph, check_greedy, check_places
+from edgetune.export.package import _load
 from edgetune.export.targets import Target, load_target
 from edgetune.export.weight_check import compare_weights, read_weights
 
@@ -88,6 +90,58 @@ def test_weights_lie_in_one_file_beside_the_graph(tmp_path: Path) -> None:
     (tmp_path / "model.onnx.data").rename(tmp_path / "elsewhere")
     with pytest.raises(EdgetuneError, match=r"model.onnx.data is missing"):
         check_graph(file, target())
+
+
+def test_weights_in_two_files_or_elsewhere(tmp_path: Path) -> None:
+    file = graph(tmp_path)
+    model = onnx.load(file, load_external_data=False)
+    second = model.graph.initializer.add()
+    second.CopyFrom(model.graph.initializer[0])
+    second.name, second.external_data[0].value = "more", "more.data"
+    onnx.save(model, file)
+    (tmp_path / "more.data").write_bytes((tmp_path / "model.onnx.data").read_bytes())
+    with pytest.raises(EdgetuneError, match=r"in 2 files \(model.onnx.data, more.data\), not in one"):
+        check_graph(file, target())
+    model.graph.initializer.pop()
+    model.graph.initializer[0].external_data[0].value = "../model.onnx.data"
+    onnx.save(model, file)
+    with pytest.raises(EdgetuneError, match=r"at ../model.onnx.data, not beside the graph"):
+        check_graph(file, target())
+
+
+def test_shapes_that_do_not_fit_one_another(tmp_path: Path) -> None:
+    file = graph(tmp_path)
+    model = onnx.load(file, load_external_data=False)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    onnx.save(model, file)
+    with pytest.raises(EdgetuneError, match=r"shape inference says: .*Incompatible dimensions"):
+        check_graph(file, target())
+
+
+def test_greedy_tokens_are_the_merged_models(tiny_artifact: Path, tiny_model: Path, other_model: Path) -> None:  # noqa: F811
+    check_greedy(tiny_model, tiny_artifact)
+    with pytest.raises(EdgetuneError, match="likeliest token after a golden prompt is"):
+        check_greedy(other_model, tiny_artifact)
+
+
+def test_an_artifact_must_load(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = copy_of(tiny_artifact, tmp_path)
+    assert _load(folder, runs=True) == {"ran_on_cpu": False}
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "MatMul").input[1] = "nowhere"
+    onnx.save(model, folder / "model.onnx")
+    seal(folder)
+    with pytest.raises(EdgetuneError, match="ONNX Runtime cannot load the artifact"):
+        _load(folder, runs=True)
+
+
+def test_no_file_of_an_artifact_names_where_it_was_made(tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "model.onnx.data").write_text(str(tmp_path / "model"))  # weights are numbers, whatever they spell
+    check_places(tmp_path, tmp_path / "model")
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"name_or_path": "{tmp_path / "model"}"}}')
+    with pytest.raises(EdgetuneError, match=r"tokenizer_config.json: names a place of this machine"):
+        check_places(tmp_path, tmp_path / "model")
 
 
 def test_no_place_of_this_machine_stands_in_it(tmp_path: Path) -> None:

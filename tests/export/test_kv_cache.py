@@ -13,9 +13,10 @@ import pytest
 
 from edgetune.errors import InputError
 from edgetune.export.decoder import export_decoder
+from edgetune.export.graph_reader import Graph
 from edgetune.export.kv_cache import write_scales
 from edgetune.export.quantized import Examples
-from edgetune.export.readers import Graph, Weights
+from edgetune.export.readers import Weights
 from edgetune.export.targets import Target, load_target
 
 

@@ -118,3 +118,47 @@ def test_what_cannot_be_made_static(tiny_artifact: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"no multiple of the 64(.|\n)*set it to 64"):
         to_static(folder, StaticShapes(), 100, rows())
     assert (folder / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("prompt", [LENGTH, 5])
+def test_the_gate_reads_them(static: Path, tiny_artifact: Path, prompt: int) -> None:  # noqa: F811
+    """Windows and single tokens, in whatever pieces: logits are those of the graphs called by hand, above."""
+    from edgetune.export.graph_reader import Graph
+    from edgetune.export.readers import greedy, longest
+
+    ids = rows()[0][: prompt + 8]
+    graph = Graph(static)
+    assert graph.most is None and graph.vocabulary == 384 and longest(static) == CONTEXT
+    graph.reset()
+    first = graph.feed(ids[:prompt])
+    found = np.concatenate([first.numpy(), *(graph.feed([token]).numpy() for token in ids[prompt:])])
+    by_hand, cache = run(static / PREFILL, ids[:prompt], empty(static / PREFILL), 0, LENGTH - prompt)
+    logits = [by_hand]
+    for at in range(prompt, len(ids)):
+        more, cache = run(static / DECODE, ids[at : at + 1], cache, at)
+        logits.append(more)
+    np.testing.assert_array_equal(found, np.concatenate(logits))
+    np.testing.assert_allclose(graph.logits(ids).numpy(), found, atol=0.02)  # windows in place of single tokens
+    graph.reset()
+    uneven = [graph.feed(ids[:3]), graph.feed(ids[3:])]  # goes on token by token, as no window begins there
+    np.testing.assert_allclose(np.concatenate([part.numpy() for part in uneven]), found, atol=0.02)
+    whole = rows()[1] + rows()[2][: CONTEXT - 40]
+    np.testing.assert_allclose(graph.logits(whole)[-1], single(graph, whole)[-1], atol=0.02)
+    assert greedy(graph, ids, 4, set()) == greedy(Graph(static), ids, 4, set())
+    assert graph.shares() == {"CPUExecutionProvider": 1.0}
+
+
+def single(graph: Any, ids: list[int]) -> np.ndarray:
+    graph.reset()
+    return np.concatenate([graph.feed([token]).numpy() for token in ids])
+
+
+def test_windows_of_another_kind_are_refused(static: Path, tmp_path: Path) -> None:
+    from edgetune.export.graph_reader import Graph
+
+    folder = copy_of(static, tmp_path)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["sliding_window"]["alignment"] = "right"
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="fixed shape"):
+        Graph(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +84,14 @@ def test_a_model_whose_heads_do_not_fit(tmp_path: Path) -> None:
         require_fit(load_target("cuda-fp16"), tmp_path)
     (tmp_path / "config.json").write_text('{"hidden_size": 60, "num_attention_heads": 5, "head_dim": 16}')
     require_fit(load_target("cuda-fp16"), tmp_path)
+
+
+def test_the_provider_stands_in_the_runtimes_configuration() -> None:
+    from edgetune.export.decoder import _name_provider
+
+    for name, said, shared in (("openvino-cpu", "OpenVINO", False), ("qnn-npu", "QNN", True), ("cpu-int4", None, True)):
+        config: dict[str, Any] = {"model": {"decoder": {}}, "search": {"past_present_share_buffer": True}}
+        _name_provider(config, load_target(name))
+        asked = config["model"]["decoder"].get("session_options", {}).get("provider_options", [])
+        assert [key for entry in asked for key in entry] == ([said] if said else [])
+        assert config["search"]["past_present_share_buffer"] is shared

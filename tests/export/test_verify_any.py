@@ -13,7 +13,8 @@ import pytest
 from artifacts import copy_of, edit_json, tiny_artifact  # noqa: F401 - a fixture
 from conftest import edgetune, write_jsonl
 from edgetune.errors import InputError
-from edgetune.export.readers import Graph, Weights, greedy, pieces
+from edgetune.export.graph_reader import Graph
+from edgetune.export.readers import Weights, greedy, pieces
 from edgetune.standalone import verify_artifact
 
 

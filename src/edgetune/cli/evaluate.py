@@ -28,6 +28,12 @@ def command(
         typer.Option(min=0, help="Solved examples before each question; the task's own number if not given."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each task.")] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Where the artifact runs: cpu, openvino, …; what it was made for if not given."
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file for the results.")] = None,
     json: Json = False,
@@ -42,7 +48,9 @@ def command(
     """
     from edgetune.export.evaluate import evaluate, table
 
-    found = evaluate(artifact, against, tasks, include_path, shots=shots, limit=limit, chat=chat, out=out)
+    found = evaluate(
+        artifact, against, tasks, include_path, shots=shots, limit=limit, chat=chat, provider=provider, out=out
+    )
     if json:
         print_json(found)
     else:

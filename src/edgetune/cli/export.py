@@ -9,12 +9,14 @@ import typer
 
 from edgetune.cli._common import Json, print_json, print_table
 
+_AUTO = " For a target that chooses grids by limits, such as cpu-auto."
+
 
 def command(
     model: Annotated[Path, typer.Argument(help="Transformers folder, such as runs/NAME/merged.", show_default=False)],
     target: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="cpu-int8 (the default), cpu-fp32, cpu-int4, or a target file."),
+        typer.Option(metavar="TARGET", help="cpu-int8 (the default), another of `export/`, or a target file."),
     ] = None,
     max_length: Annotated[
         int | None,
@@ -23,6 +25,20 @@ def command(
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Examples to calibrate on; the run's training rows when not given."),
+    ] = None,
+    size_mb: Annotated[
+        float | None, typer.Option(metavar="MB", help=f"Most megabytes on disk.{_AUTO}", show_default=False)
+    ] = None,
+    kld_mean: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help=f"Largest mean KL divergence from the model.{_AUTO}", show_default=False),
+    ] = None,
+    decode_tokens_per_s: Annotated[
+        float | None, typer.Option(metavar="RATE", help=f"Fewest tokens generated a second.{_AUTO}", show_default=False)
+    ] = None,
+    prefill_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help=f"Fewest tokens of a prompt read a second.{_AUTO}", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -37,16 +53,28 @@ def command(
     Examples:
       edgetune export runs/quickstart/merged --target cpu-fp32 --out fp32
       edgetune export ./my-model --target cpu-int4 --data rows.jsonl --max-length 1024 --out ./artifact
+      edgetune export runs/quickstart/merged --target cpu-auto --size-mb 100 --decode-tokens-per-s 120
     """
+    from pydantic import ValidationError
+
     from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
     from edgetune.standalone import export_model
 
-    given = {name: value for name, value in (("target", target), ("max_length", max_length)) if value is not None}
+    auto = {
+        "size_mb": size_mb,
+        "kld_mean": kld_mean,
+        "decode_tokens_per_s": decode_tokens_per_s,
+        "prefill_tokens_per_s": prefill_tokens_per_s,
+    }
+    limits = {name: value for name, value in auto.items() if value is not None}
+    given = {"target": target, "max_length": max_length, "auto": limits or None}
     try:
-        section = ExportSection.model_validate(given)
-    except ValueError as error:
-        raise InputError("must be 16 tokens or more", where="--max-length") from error
+        section = ExportSection.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][-1]).replace('_', '-')}"
+        raise InputError(first["msg"][0].lower() + first["msg"][1:], where=option) from error
     found = export_model(model, out or Path("artifact"), section, name, data)
     if json:
         print_json(found)

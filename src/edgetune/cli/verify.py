@@ -41,6 +41,13 @@ def command(
             "whole rows when not given.",
         ),
     ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where the artifact runs: cpu, openvino, qnn, …; what it was made for when not given.",
+        ),
+    ] = None,
     limit: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A limit in place of the run's, such as kld_mean=0.1. Repeatable."),
@@ -62,12 +69,13 @@ def command(
       edgetune verify ./artifact --against ./merged --data rows.jsonl --rows 100
       edgetune verify ./olive-output --against ./model.gguf --data rows.jsonl
       edgetune verify runs/quickstart --step 1 --limit top1_agreement=0.95 --json
+      edgetune verify runs/npu --provider cpu
     """
     from edgetune.export.verify import gate_error
     from edgetune.recipe_file import limits_from
     from edgetune.standalone import verify_artifact
 
-    found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out, step=step)
+    found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out, step=step, provider=provider)
     if json:
         print_json(found)
     else:
@@ -104,10 +112,19 @@ def _measures(found: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"at most {limits['perplexity_ratio']:g}",
         ),
         ("rows were fed", "whole" if step is None else f"{step} token{'s' * (step != 1)} at a time", ""),
+        *(_device(found["device"])),
         *((f"greedy answer to “{text['prompt'][:30]}”", _parting(text), "") for text in found["golden"]),
         *(("warning", text, "") for text in found["warnings"]),
         ("gate", "passed" if found["passed"] else "NOT PASSED", ""),
     ]
+
+
+def _device(device: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    if device is None or (device["ran"] and device["provider"] == "cpu"):
+        return []
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in device["shares"].items())
+    what = "" if device["ran"] else " (not what the artifact was made for)"
+    return [("run on", f"{device['provider']}{what}", ""), ("nodes by provider", shares, "")]
 
 
 def _parts(groups: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune import progress
 from edgetune.export.targets import Target
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
 from edgetune.run import MANIFEST
@@ -72,19 +73,54 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
 def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """Whether the graph was run on what it is for, and which provider ran which share of its nodes."""
     device = reports.get("export", {}).get("device")
-    verified = reports.get("verify", {}).get("device")
     if not device:
         return []
-    if verified and verified["ran"] and verified["provider"] == device["provider"] != "cpu":
-        parts = ", ".join(f"{name} {share:.0%}" for name, share in verified["shares"].items())
-        return [("verified on the device", f"yes; nodes by provider: {parts}")]
+    if row := _ran(reports.get("verify", {})):
+        return [row]
     if device["ran"]:
-        return []
-    rows = [("on the device", "checked, not run on the device: run `edgetune verify` there")]
+        said = f"answered on {device['provider']} when it was exported; `edgetune verify` compares it there"
+        return [] if device["provider"] == "cpu" else [(_UNSEEN, said)]
+    rows = [(_UNSEEN, "checked, not run on the device: run `edgetune verify` there")]
     for file, shares in device.get("prepared", {}).items():
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         rows.append((f"compiled for the device, {file}", f"nodes by provider: {parts}"))
     return rows
+
+
+_UNSEEN, _SEEN = "on the device", "run on the device"
+
+
+def _ran(verify: dict[str, Any]) -> tuple[str, str] | None:
+    """What the card says once a comparison was made on what the artifact is for; None where none was."""
+    device = verify.get("device")
+    if not device or not device["ran"] or device["provider"] == "cpu":
+        return None
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in device["shares"].items())
+    gate = "passed" if verify["passed"] else "NOT PASSED"
+    return (
+        _SEEN,
+        f"yes, on {device['provider']}: KL mean {verify['kld_mean']:.4f} over {verify['tokens']} tokens, best token agrees "
+        f"{verify['top1_agreement']:.1%}, gate {gate}; nodes by provider: {parts}",
+    )
+
+
+def stamp(artifact: Path, verify: dict[str, Any]) -> None:
+    """Say in an artifact's card that it was run on its device, where `verify`, a report, was made there.
+
+    Left alone: folders of other tools, cards without such a line, and folders that cannot be written, which is said.
+    """
+    row = _ran(verify)
+    card = artifact / "README.md"
+    if row is None or not card.is_file() or not (artifact / MANIFEST).is_file():
+        return
+    lines = card.read_text(encoding="utf-8").splitlines(keepends=True)
+    new = [
+        f"| {row[0]} | {row[1]} |\n" if line.startswith((f"| {_UNSEEN} |", f"| {_SEEN} |")) else line for line in lines
+    ]
+    try:
+        rewrite_card(artifact, "".join(new))
+    except PermissionError:
+        progress.say("note: the card could not be changed, as its folder may not be written")
 
 
 def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:

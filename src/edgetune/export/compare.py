@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError, need
-from edgetune.export.readers import CONFIG, ends, is_graph
+from edgetune.export.graph_reader import CONFIG
+from edgetune.export.readers import ends, is_graph
 from edgetune.files import digest, folder_size, read_json, write_json
 from edgetune.progress import say
 from edgetune.recipe import BenchSection
@@ -159,6 +160,7 @@ def _numbers(artifact: Path, verified: dict[str, Any] | None, benched: dict[str,
             "model": inputs.get("merged", verified.get("against")),
             "rows": [inputs.get("data"), verified["rows"], verified["tokens"]],
             "tokens fed at once": verified.get("step"),
+            "provider": (verified.get("device") or {}).get("provider", "cpu"),
         }
     if benched:
         row |= {name: benched[name]["p50"] for name in ("decode_tokens_per_s", "prefill_tokens_per_s")}

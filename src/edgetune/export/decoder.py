@@ -23,7 +23,7 @@ from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
 from edgetune.models import context_length, stop_ids
 from edgetune.runtime.providers import PROVIDERS
 
-_BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
 
 
 def export_decoder(
@@ -59,9 +59,7 @@ def export_decoder(
     require_fit(target, merged)
     weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     bytes_in = _bytes_a_parameter(merged)
-    require_space(
-        artifact, int(weights / bytes_in * (_BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export"
-    )
+    require_space(artifact, int(weights / bytes_in * (BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export")
     started = time.monotonic()
     context = context_length(merged)
     limit = min(max_length, context)
@@ -145,6 +143,8 @@ def _name_provider(config: dict[str, Any], target: Target) -> None:
     if target.provider != "cpu" and (options := PROVIDERS[target.provider].options) is not None:
         session = config["model"]["decoder"].setdefault("session_options", {})
         session["provider_options"] = [{PROVIDERS[target.provider].genai: options}]
+    if target.provider != "cpu" and not PROVIDERS[target.provider].shares_cache:
+        config["search"]["past_present_share_buffer"] = False
 
 
 def _bytes_a_parameter(merged: Path) -> float:

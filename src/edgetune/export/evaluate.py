@@ -13,7 +13,6 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ def evaluate(
     shots: int | None = None,
     limit: int | None = None,
     chat: bool = False,
+    provider: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks on one model or two.
@@ -45,6 +45,7 @@ def evaluate(
         shots: solved examples before each question; the task's own number when None.
         limit: only the first rows of each task; all when None.
         chat: ask through the chat template.
+        provider: where the artifact runs; what it was made for when None.
         out: JSON file for the result.
 
     Returns:
@@ -52,15 +53,15 @@ def evaluate(
         models `difference` and `difference_stderr` (paired by row); `rows`, `shots`, `version`; `versions`.
 
     Raises:
-        InputError: lm-evaluation-harness is not installed, there is no such task, or its data cannot be had.
+        InputError: lm-evaluation-harness is not installed, there is no such task, or its data cannot be had; the artifact's
+            execution provider is missing here.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError("lm-evaluation-harness is not installed", fix="pip install 'edgetune[evaluate]'")
-    require_extra("export")
+    require_extra("evaluate")
     folders = [_folder(path) for path in (artifact, against) if path is not None]
     with _quiet():
         loaded = _load(tasks, include, shots)
-        results = [_run(folder, loaded, limit, chat) for folder in folders]
+        asked = (provider, None)  # of the artifact; the other model runs on what it was made for
+        results = [_run(f, loaded, limit, chat, where) for f, where in zip(folders, asked, strict=False)]
     found = {
         "models": [str(folder) for folder in folders],
         "tasks": {name: _task(name, results, loaded) for name in results[0]["results"]},
@@ -160,14 +161,14 @@ def _names(tasks: Sequence[str], include: Path | None) -> tuple[list[str], list[
     return names, folders
 
 
-def _run(folder: Path, loaded: dict[str, Any], limit: int | None, chat: bool) -> dict[str, Any]:
+def _run(folder: Path, loaded: dict[str, Any], limit: int | None, chat: bool, provider: str | None) -> dict[str, Any]:
     import lm_eval.evaluator
     from jinja2 import TemplateError
 
     from edgetune.export.harness import Folder
 
     with progress.task(f"evaluate {folder.name}") as bar:
-        model = Folder(folder, bar)
+        model = Folder(folder, bar, provider)
         if chat and not model.tokenizer.chat_template:
             raise InputError("has no chat template", where=folder, fix="leave --chat out")
         try:

@@ -85,7 +85,10 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _invalid(model: onnx.ModelProto) -> Iterator[str]:
-    """What the ONNX checker and shape inference say. Weights stay on disk: those outside the graph are taken for inputs."""
+    """What the ONNX checker and shape inference say. Weights stay on disk: those outside the graph are taken for inputs.
+
+    The model builder writes shapes of its constants that are not theirs (no dimension for one): those are inferred.
+    """
     import onnx
 
     copy = onnx.ModelProto()
@@ -93,17 +96,21 @@ def _invalid(model: onnx.ModelProto) -> Iterator[str]:
     for node in _nodes(copy.graph):
         if node.op_type in _UNREGISTERED and node.domain in _STANDARD:
             node.domain = "com.microsoft"
+    constants = {name for node in copy.graph.node if node.op_type == "Constant" for name in node.output}
+    told = [value for value in copy.graph.value_info if value.name not in constants]
+    del copy.graph.value_info[:]
+    copy.graph.value_info.extend(told)
     outside = [tensor for tensor in copy.graph.initializer if tensor.external_data]
     for tensor in outside:
         copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         copy.graph.initializer.remove(tensor)
     try:
         onnx.checker.check_model(copy)
-        onnx.shape_inference.infer_shapes(copy)
+        onnx.shape_inference.infer_shapes(copy, strict_mode=True)
     except onnx.checker.ValidationError as error:
         yield f"the ONNX checker says: {first_line(error)}"
     except onnx.shape_inference.InferenceError as error:
-        yield f"shape inference says: {first_line(error)}"
+        yield f"shape inference says: {' '.join(str(error).split())[:300]}"
 
 
 def _locations(model: onnx.ModelProto) -> list[str]:
@@ -127,6 +134,20 @@ def _external(model: onnx.ModelProto, file: Path) -> Iterator[str]:
 def _absolute(file: Path) -> Iterator[str]:
     if found := _ABSOLUTE.search(file.read_bytes()):
         yield f"it names a place of the machine that exported it: {found[0].decode(errors='replace')}"
+
+
+def check_places(artifact: Path, *places: Path) -> None:
+    """Raise EdgetuneError where a file of an artifact, its weights left out, names one of these folders of this machine."""
+    for file in sorted(artifact.iterdir()):
+        if file.is_file() and file.suffix != ".data":
+            content = file.read_bytes()
+            for place in places:
+                if str(place.absolute()).encode() in content:
+                    raise EdgetuneError(
+                        f"names a place of this machine: {place.absolute()}",
+                        where=file.name,
+                        fix="report this model; its folder may be named in a file that it brings",
+                    )
 
 
 def _against(model: onnx.ModelProto, rules: GraphRules) -> Iterator[str]:
@@ -173,7 +194,8 @@ _TIE = 1e-2  # difference of two logits below which either token may be the like
 
 def check_greedy(merged: Path, artifact: Path, *, trust_remote_code: bool = False) -> None:
     """Raise EdgetuneError unless a float32 artifact's likeliest tokens after a golden prompt are the merged model's."""
-    from edgetune.export.readers import Graph, Weights
+    from edgetune.export.graph_reader import Graph
+    from edgetune.export.readers import Weights
 
     ids = read_json(artifact / "golden.json")["prompts"][0]["ids"]
     wanted, found = Weights(merged, trust_remote_code), Graph(artifact)

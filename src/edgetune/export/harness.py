@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from edgetune.errors import InputError
-from edgetune.export.readers import ends, longest, open_reader, pieces
+from edgetune.export.readers import ends, longest, open_reader, pieces, provider_of
 from edgetune.models import load_tokenizer
 from edgetune.progress import Task
 
@@ -29,13 +29,18 @@ class Folder(TemplateLM):
     Args:
         folder: the model.
         bar: told of each request that is done.
+        provider: where an artifact runs; what it was made for when None.
+
+    Raises:
+        InputError: the provider is missing here, or the folder holds no model that can be read.
     """
 
-    def __init__(self, folder: Path, bar: Task) -> None:
+    def __init__(self, folder: Path, bar: Task, provider: str | None = None) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(folder)
         self.max_length, self._ends = longest(folder), ends(folder)
-        self._reader, self._bar, self._requests = open_reader(folder), bar, 0
+        self._reader = open_reader(folder, provider=provider_of(folder, provider))
+        self._bar, self._requests = bar, 0
 
     @property
     def eot_token_id(self) -> int:

@@ -118,12 +118,31 @@ def _quantize(file: Path, out: Path, shapes: StaticShapes, feeds: list[dict[str,
             activation_type=QuantType.QUInt8 if shapes.activation_bits == 8 else QuantType.QUInt16,
             use_external_data_format=True,
             # A product of two activations stays in floats: only those with weights are quantized.
-            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True, "ActivationSymmetric": False},
+            extra_options={
+                "MatMulConstBOnly": True,
+                "WeightSymmetric": True,
+                "ActivationSymmetric": False,
+                "TensorQuantOverrides": _overrides(file, shapes),
+            },
         )
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise EdgetuneError(
             f"ONNX Runtime cannot quantize the graph: {first_line(error)}", where="export", fix="report this model"
         ) from error
+
+
+def _overrides(file: Path, shapes: StaticShapes) -> dict[str, list[dict[str, Any]]]:
+    """Types of what modules with bits of their own read and write, by tensor, as ONNX Runtime's quantizer takes them."""
+    import onnx
+    from onnxruntime.quantization import QuantType
+
+    kinds = {8: QuantType.QUInt8, 16: QuantType.QUInt16}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in onnx.load(file, load_external_data=False).graph.node:
+        module = node.name.split("/")[-2] if node.op_type == "MatMul" and "/" in node.name else ""
+        if (bits := shapes.modules.get(module)) not in (None, shapes.activation_bits):
+            found |= {tensor: [{"quant_type": kinds[bits]}] for tensor in (node.input[0], node.output[0])}
+    return found
 
 
 def _rename_weights(model: onnx.ModelProto, old: Path, new: Path) -> None:

@@ -42,6 +42,9 @@ class StaticShapes(Section):
     activation_bits: Literal[8, 16] = Field(
         8, description="Bits of the activations, calibrated on the training rows; weights have 8."
     )
+    modules: dict[str, Literal[8, 16]] = Field(
+        default_factory=dict, description="Bits of what single modules read and write, such as `down_proj: 16`."
+    )
 
 
 class Target(Section):

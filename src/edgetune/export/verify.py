@@ -14,7 +14,8 @@ from typing import Any
 from edgetune import progress
 from edgetune.data.batch import Encoded, cut
 from edgetune.errors import GateError, InputError
-from edgetune.export.readers import Graph, Reader, ends, greedy, is_graph, longest, open_reader, pieces
+from edgetune.export.graph_reader import CONFIG, Graph
+from edgetune.export.readers import Reader, ends, greedy, is_graph, longest, open_reader, pieces
 from edgetune.export.scores import Place, Scores
 from edgetune.export.tokens import CLASSES, Tokens
 from edgetune.files import read_json, write_json
@@ -22,6 +23,7 @@ from edgetune.models import load_tokenizer
 from edgetune.models.quiet import quiet
 from edgetune.recipe import Limits, VerifySection
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
+from edgetune.runtime.providers import named
 
 __all__ = ["Graph", "failures", "gate_error", "verify"]
 
@@ -37,6 +39,7 @@ def verify(
     section: VerifySection,
     out: Path,
     *,
+    provider: str = "cpu",
     trust_remote_code: bool = False,
     places: Sequence[str] | None = None,
 ) -> dict[str, Any]:
@@ -48,16 +51,20 @@ def verify(
         rows: encoded held-out rows.
         section: the recipe's `verify`.
         out: existing folder for report.json.
+        provider: where the artifact runs, as targets have it.
         trust_remote_code: run code that the merged model's folder brings.
         places: where each row stands, as file:line; its number when None.
 
     Returns:
         The report: `kld_mean`, `kld_median`, `kld_p90` … `kld_max` (nats), `delta_p_rms`, `top1_agreement`,
         `perplexity.{merged,artifact,ratio,ratio_se}`, `tokens`, `by_position`, `by_token_class`, `worst`, `golden`
-        (first divergent token of greedy generation), `limits`, `failures` and `passed`.
+        (first divergent token of greedy generation), `device` (None for a transformers folder; `provider`: where it ran,
+        `ran`: whether that is what it was made for, `shares` of its nodes by ONNX Runtime's providers), `limits`,
+        `failures` and `passed`.
 
     Raises:
-        InputError: the two do not have the same vocabulary, one cannot be loaded, or no row has a token that carries loss.
+        InputError: the two do not have the same vocabulary, one cannot be loaded, the provider is missing, or no row has a
+            token that carries loss.
         GateError: the artifact's logits are not finite numbers.
         EdgetuneError: the merged model's are not.
     """
@@ -76,7 +83,7 @@ def verify(
     warnings = _check_tokens(artifact, merged, tokenizer)
     scores, answers = Scores(), list[dict[str, Any]]()
     with progress.task("verify", len(used) + len(golden)) as bar, quiet():
-        found = open_reader(artifact)
+        found = open_reader(artifact, provider=provider)
         step = _step(found, section.step, artifact)
         wanted = open_reader(merged, trust_remote_code=trust_remote_code)
         _check_width(found, wanted, artifact)
@@ -101,6 +108,7 @@ def verify(
             name: "onnx" if is_graph(p) else "weights" for name, p in (("merged", merged), ("artifact", artifact))
         },
         "precision": _precision(artifact),
+        "device": _device(artifact, found, provider),
         "golden": answers,
         "limits": section.limits.model_dump(),
         "seconds": round(time.monotonic() - started, 1),
@@ -111,6 +119,17 @@ def verify(
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
     return result
+
+
+def _device(artifact: Path, found: Reader, provider: str) -> dict[str, Any] | None:
+    """Where the artifact ran, and whether it was made for that."""
+    if not isinstance(found, Graph):
+        return None
+    return {
+        "provider": provider,
+        "ran": provider == named(read_json(artifact / CONFIG)),
+        "shares": found.shares(),
+    }
 
 
 def _add(scores: Scores, wanted: Reader, found: Reader, step: int | None, number: int, row: Encoded) -> None:

@@ -38,6 +38,7 @@ class Provider:
         plugin: the module of its plugin package, None where it is part of a build.
         device: what it needs, for a message.
         options: its options in genai_config.json where the builder does not write them.
+        shares_cache: whether it writes the KV cache into the buffer that it reads it from.
     """
 
     ep: str
@@ -47,6 +48,7 @@ class Provider:
     plugin: str | None
     device: str
     options: dict[str, str] | None = None
+    shares_cache: bool = True
 
 
 PROVIDERS = {
@@ -90,7 +92,8 @@ PROVIDERS = {
         "pip install onnxruntime-ep-openvino",
         "onnxruntime_ep_openvino",
         "an Intel processor",
-        {"device_type": "CPU"},
+        {"device_type": "CPU", "hint_enable_gqa": "True"},  # without it attention stays with ONNX Runtime
+        False,
     ),
     "qnn": Provider(
         "QNNExecutionProvider",
@@ -177,7 +180,8 @@ def named(config: dict[str, Any]) -> str:
     Raises:
         InputError: it names one that edgetune does not know.
     """
-    asked = config["model"]["decoder"].get("session_options", {}).get("provider_options") or []
+    decoder = config.get("model", {}).get("decoder") or {}
+    asked = decoder.get("session_options", {}).get("provider_options") or []
     for entry in asked:
         for key in entry:
             for name, provider in PROVIDERS.items():
@@ -185,7 +189,9 @@ def named(config: dict[str, Any]) -> str:
                     return name
             if key.lower() != "cpu":
                 raise InputError(
-                    f"asks for the provider {key}, which edgetune does not know", where="genai_config.json"
+                    f"asks for the provider {key}, which edgetune does not know",
+                    where="genai_config.json",
+                    fix=f"edgetune knows cpu, {', '.join(PROVIDERS)}",
                 )
     return "cpu"
 
@@ -213,28 +219,45 @@ def register_genai(og: Any, name: str) -> None:
                 raise EdgetuneError(f"the plugin {provider.plugin} does not load: {first_line(error)}") from error
 
 
-def open_session(file: Path, name: str = "cpu", threads: int | None = None) -> Any:
+def open_session(file: Path, name: str = "cpu", threads: int | None = None, model: bytes | None = None) -> Any:
     """A session of ONNX Runtime on a provider, which keeps what `shares` tells of.
 
+    Args:
+        file: the graph.
+        name: the provider, as targets have it.
+        threads: of the CPU.
+        model: a graph in place of what the file holds; its weights lie beside the file.
+
     Raises:
-        InputError: the provider is missing, or finds no device.
+        InputError: the provider is missing, finds no device, or takes no node of the graph.
     """
     require(name, file.parent.name)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # what goes wrong is raised
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     if threads:
         options.intra_op_num_threads = threads
+    source = model or str(file)
     if name == "cpu":
-        return onnxruntime.InferenceSession(str(file), options, providers=[CPU])
+        return onnxruntime.InferenceSession(source, options, providers=[CPU])
     provider = PROVIDERS[name]
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
+    chosen: dict[str, Any] = {}
     if devices:
         options.add_provider_for_devices(devices[:1], provider.options or {})
-        return onnxruntime.InferenceSession(str(file), options)
-    return onnxruntime.InferenceSession(str(file), options, providers=[(provider.ep, provider.options or {}), CPU])
+    else:
+        chosen = {"providers": [(provider.ep, provider.options or {}), CPU]}
+    session = onnxruntime.InferenceSession(source, options, enable_fallback=0, **chosen)
+    if not shares(session).get(provider.ep):
+        raise InputError(
+            f"{provider.ep} takes no node of the graph; the CPU does not take its place",
+            where=file,
+            fix="export it for this provider, or for this machine: export.target=cpu-int8",
+        )
+    return session
 
 
 def prepare(file: Path, name: str, out: Path) -> dict[str, float]:
@@ -271,15 +294,16 @@ def prepare(file: Path, name: str, out: Path) -> dict[str, float]:
         raise
 
 
-def shares(session: Any) -> dict[str, float]:
-    """The share of a session's nodes that each provider runs, largest first; they add up to 1.
+def shares(*sessions: Any) -> dict[str, float]:
+    """The share of the sessions' nodes that each provider runs, largest first; they add up to 1.
 
     Args:
-        session: of `open_session`.
+        sessions: of `open_session`.
     """
     counts: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        counts[part.ep_name] += len(part.get_nodes())
+    for session in sessions:
+        for part in session.get_provider_graph_assignment_info():
+            counts[part.ep_name] += len(part.get_nodes())
     whole = sum(counts.values()) or 1
     return {name: round(count / whole, 4) for name, count in counts.most_common()}
 

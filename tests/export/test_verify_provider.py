@@ -1,0 +1,92 @@
+"""The gate on an execution provider: the artifact's own, another one, a missing one; and what the card says afterwards.
+
+The provider that is here is the CPU's under another name, so that the whole way of a real one is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import copy_of, seal, tiny_artifact  # noqa: F401
+from conftest import edgetune, write_jsonl
+from edgetune.errors import InputError
+from edgetune.runtime import providers
+from edgetune.runtime.artifact import open_artifact
+from edgetune.standalone import verify_artifact
+
+CARD = "# tiny\n\n| | |\n|---|---|\n| on the device | checked, not run on the device: run `edgetune verify` there |\n| gate | passed |\n"
+
+
+@pytest.fixture
+def rows(tmp_path: Path, tiny_rows: list[dict[str, Any]]) -> Path:
+    return write_jsonl(tmp_path / "held_out.jsonl", tiny_rows[:3])
+
+
+@pytest.fixture
+def for_openvino(tiny_artifact: Path, tmp_path: Path) -> Path:  # noqa: F811
+    folder = copy_of(tiny_artifact, tmp_path)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"] = {"provider_options": [{"OpenVINO": {"device_type": "CPU"}}]}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text(CARD)
+    seal(folder)
+    return folder
+
+
+def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = replace(providers.PROVIDERS["openvino"], plugin="no_such_plugin")
+    monkeypatch.setitem(providers.PROVIDERS, "openvino", gone)
+
+
+def test_a_missing_provider_is_said_and_the_cpu_stands_in_only_when_asked(
+    for_openvino: Path, tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing(monkeypatch)
+    with pytest.raises(InputError, match=r"OpenVINOExecutionProvider, which is not installed(.|\n)*--provider cpu"):
+        verify_artifact(for_openvino, tiny_model, rows, None, {}, None)
+    report = verify_artifact(for_openvino, tiny_model, rows, None, {}, None, provider="cpu")
+    assert report["passed"]
+    assert report["device"] == {"provider": "cpu", "ran": False, "shares": {"CPUExecutionProvider": 1.0}}
+    assert (for_openvino / "README.md").read_text() == CARD
+
+
+def test_where_it_ran_stands_in_report_and_card(
+    for_openvino: Path, tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = replace(providers.PROVIDERS["openvino"], ep="CPUExecutionProvider", options=None)
+    monkeypatch.setitem(providers.PROVIDERS, "openvino", here)
+    for limits, gate in (({"kld_mean": 1e-30}, "NOT PASSED"), ({}, "passed")):
+        report = verify_artifact(for_openvino, tiny_model, rows, None, limits, None)
+        assert report["device"] == {"provider": "openvino", "ran": True, "shares": {"CPUExecutionProvider": 1.0}}
+        card = (for_openvino / "README.md").read_text()
+        assert f"| run on the device | yes, on openvino: KL mean {report['kld_mean']:.4f}" in card
+        assert f"gate {gate}; nodes by provider: CPUExecutionProvider 100% |" in card
+        assert "not run on the device" not in card and card.count("\n") == CARD.count("\n")
+    open_artifact(for_openvino)  # the manifest knows the new card
+
+
+def test_a_provider_that_takes_nothing_is_no_success(for_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime gives every node to the CPU without a word."""
+    nothing = replace(providers.PROVIDERS["openvino"], ep="AzureExecutionProvider", options=None)
+    monkeypatch.setitem(providers.PROVIDERS, "openvino", nothing)
+    monkeypatch.setattr(providers, "require", lambda *_: None)
+    with pytest.raises(InputError, match="AzureExecutionProvider takes no node of the graph"):
+        providers.open_session(for_openvino / "model.onnx", "openvino")
+
+
+def test_wrong_providers(tiny_artifact: Path, tiny_model: Path, rows: Path) -> None:  # noqa: F811
+    with pytest.raises(InputError, match=r"there is no provider `loihi`(.|\n)*one of cpu, cuda"):
+        verify_artifact(tiny_artifact, tiny_model, rows, None, {}, None, provider="loihi")
+    with pytest.raises(InputError, match="runs on PyTorch"):
+        verify_artifact(tiny_model, tiny_model, rows, None, {}, None, provider="qnn")
+
+
+def test_on_the_command_line(tiny_artifact: Path, tiny_model: Path, rows: Path) -> None:  # noqa: F811
+    done = edgetune("verify", tiny_artifact, "--against", tiny_model, "--data", rows, "--provider", "dml")
+    assert done.returncode == 2 and "needs the execution provider DmlExecutionProvider" in done.stderr
+    assert not done.stdout and "Traceback" not in done.stderr
