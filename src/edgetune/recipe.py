@@ -138,6 +138,11 @@ class ExportSection(Section):
         ge=16,
         description="Context of the artifact in tokens, prompt and answer together; capped at the model's own.",
     )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="`separate` leaves the base as it is, and puts the adapter beside it as a file that is switched on at run "
+        "time: several adapters on one base, at some cost in speed.",
+    )
     heal: HealSection = Field(default_factory=HealSection, description="Repair after quantization.")
     auto: AutoSection = Field(
         default_factory=AutoSection,
@@ -225,6 +230,33 @@ class Recipe(Section):
             raise ValueError(
                 f"bench.prompt_tokens + bench.new_tokens is {self.bench.prompt_tokens + self.bench.new_tokens}, "
                 f"export.max_length is {self.export.max_length}: lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_can_stay_apart(self) -> Recipe:
+        if self.export.adapters == "merged":
+            return self
+        merged = "or leave it merged: export.adapters: merged"
+        if self.train.method == "full":
+            raise refused("export.adapters", "method full has no adapter", f"set train.method: lora, {merged}")
+        if self.train.method == "dora":
+            raise refused(
+                "export.adapters",
+                "dora scales the base's own weights, which an adapter beside them cannot",
+                f"set train.method: lora, {merged}",
+            )
+        if self.train.modules_to_save:
+            raise refused(
+                "export.adapters",
+                f"{', '.join(self.train.modules_to_save)} is trained whole, and the base keeps its own",
+                f"remove train.modules_to_save, {merged}",
+            )
+        if "embed_tokens" in self.train.target_modules:
+            raise refused(
+                "export.adapters",
+                "an adapter on the embedding cannot stay beside the base",
+                f"leave embed_tokens out of train.target_modules, {merged}",
             )
         return self
 

@@ -27,6 +27,13 @@ def command(
             help="The merged model; any of the same kinds. `merged` beside the artifact when not given.",
         ),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The adapter that is on, of an artifact that carries some; `none`: the base; its only one when not given.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Held-out examples; the run's validation rows when not given."),
@@ -61,13 +68,14 @@ def command(
       edgetune verify runs/quickstart/artifact
       edgetune verify ./artifact --against ./merged --data rows.jsonl --rows 100
       edgetune verify ./olive-output --against ./model.gguf --data rows.jsonl
+      edgetune verify skills --adapter sql --against runs/sql/merged --data runs/sql/data/validation.jsonl
       edgetune verify runs/quickstart --step 1 --limit top1_agreement=0.95 --json
     """
     from edgetune.export.verify import gate_error
     from edgetune.recipe_file import limits_from
     from edgetune.standalone import verify_artifact
 
-    found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out, step=step)
+    found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out, step=step, adapter=adapter)
     if json:
         print_json(found)
     else:
@@ -89,6 +97,7 @@ def _measures(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     shares = [f"{name.replace('_', '.')} {found[f'kld_{name}']:.4f}" for name in ("median", "p90", "p95", "p99_9")]
     error = "" if perplexity["ratio_se"] is None else f" ± {perplexity['ratio_se']:.4f}"
     return [
+        *((("adapter", found["adapter"], ""),) if "adapter" in found else ()),
         ("KL divergence, mean", f"{found['kld_mean']:.4f} nats", f"at most {limits['kld_mean']:g}"),
         ("KL divergence, p99", f"{found['kld_p99']:.4f} nats", f"at most {limits['kld_p99']:g}"),
         ("KL divergence, others", ", ".join([*shares, f"largest {found['kld_max']:.4f}"]), ""),

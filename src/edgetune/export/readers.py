@@ -58,9 +58,18 @@ def is_graph(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_reader(folder: Path, *, trust_remote_code: bool = False) -> Reader:
-    """Load the model in a folder. Raises InputError: it cannot be loaded, or does not give what is compared."""
-    return Graph(folder) if is_graph(folder) else Weights(folder, trust_remote_code)
+def open_reader(folder: Path, *, adapter: str | None = None, trust_remote_code: bool = False) -> Reader:
+    """Load the model in a folder.
+
+    Args:
+        folder: what `Reader` names.
+        adapter: file in the folder, of the adapter that is switched on; the base's graph alone when None.
+        trust_remote_code: run code that a transformers folder brings.
+
+    Raises:
+        InputError: it cannot be loaded, or does not give what is compared.
+    """
+    return Graph(folder, adapter=adapter) if is_graph(folder) else Weights(folder, trust_remote_code)
 
 
 def longest(folder: Path) -> int:
@@ -167,17 +176,21 @@ class Graph:
     Args:
         folder: the artifact.
         config: its genai_config.json, where it was read already.
+        adapter: file in the folder, of the adapter that is switched on.
 
     Raises:
         InputError: ONNX Runtime cannot load or run it, or it needs inputs that edgetune does not know.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any] | None = None, *, adapter: str | None = None) -> None:
         config = config or read_json(folder / CONFIG)
         decoder = _at(config, "model", "decoder")
         if not isinstance(decoder, dict):
             raise _odd(folder, 'has no "decoder" in "model"')
         self._first, self._next = _graphs(folder, decoder)
+        if adapter is not None:
+            for step in (self._first, self._next):
+                step.switch_on(folder / adapter)
         self._cache: list[Any] | None = None
         self._length = 0
         self.most: int | None = None
@@ -247,6 +260,14 @@ class _Step:
         self._check(folder)
         length = self._inputs[self._ids].shape[-1]
         self.length = length if isinstance(length, int) else None
+        self._adapter: dict[str, Any] = {}
+
+    def switch_on(self, file: Path) -> None:
+        """Run with the values of an `.onnx_adapter` file from now on."""
+        import onnxruntime
+
+        with _explained(file, "ONNX Runtime cannot read the adapter"):
+            self._adapter = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
 
     def _check(self, folder: Path) -> None:
         outputs = {found.name: found.type for found in self._session.get_outputs()}
@@ -285,6 +306,7 @@ class _Step:
             if name in self._inputs
         }
         names = [past for past, _ in self._past]
+        feed |= self._adapter
         feed |= dict(zip(names, cache or [self._empty(name) for name in names], strict=True))
         with _explained(self._file, "ONNX Runtime cannot run the graph"):
             return self._session.run_with_ort_values(self._outputs, feed)
