@@ -391,10 +391,12 @@ class Pipeline:
             seal(out, work)
 
     def _bench(self, work: Work) -> None:
+        from edgetune.export.adapters.cost import bench_beside_merged
         from edgetune.runtime.bench.measure import bench
 
         with staged_folder(self.folder.output("bench")) as out:
-            bench(self.folder.output("export"), self.recipe.bench, out)
+            measure = bench if self.recipe.export.adapters == "merged" else bench_beside_merged
+            measure(self.folder.output("export"), self.recipe.bench, out)
             seal(out, work)
 
     @contextlib.contextmanager

@@ -196,6 +196,9 @@ class BenchOptions(Section):
     prompts: str | None = Field(None, description="A file of your own prompts.")
     threads: tuple[int, ...] = Field((), description="Thread counts to measure in turn.")
     provider: str | None = Field(None, description="Execution provider, in place of the one that it was exported for.")
+    adapter: str | None = Field(
+        None, description="The adapter that is on, of an artifact that carries some; its only one when not given."
+    )
     stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
     loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
     use_profile: bool = Field(True, description="Run it with what `edgetune tune` measured on this machine.")
@@ -251,6 +254,12 @@ class Recipe(Section):
                 "export.adapters",
                 f"{', '.join(self.train.modules_to_save)} is trained whole, and the base keeps its own",
                 f"remove train.modules_to_save, {merged}",
+            )
+        if self.train.quantization_aware:
+            raise refused(
+                "export.adapters",
+                "quantization_aware trains base and adapter as one sum that is rounded, and here the base is rounded alone",
+                f"remove train.quantization_aware, {merged}",
             )
         if "embed_tokens" in self.train.target_modules:
             raise refused(

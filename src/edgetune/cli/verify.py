@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
+from edgetune.cli._generation import ADAPTER
 
 _SHOWN = 44  # characters of the text before a worst place
 
@@ -29,10 +30,7 @@ def command(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The adapter that is on, of an artifact that carries some; `none`: the base; its only one when not given.",
-        ),
+        typer.Option(metavar="NAME", help=ADAPTER),
     ] = None,
     data: Annotated[
         Path | None,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError, from_system_error
+from edgetune.runtime.artifact import NO_ADAPTER, load_adapters
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.workloads import Workload
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
@@ -71,11 +72,11 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         job: the fields of `process.Job`.
 
     Returns:
-        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `threads`,
-        `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
+        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `adapter`,
+        `threads`, `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
 
     Raises:
-        InputError: no sound artifact, or a provider that is missing.
+        InputError: no sound artifact, no such adapter, or a provider that is missing.
         EdgetuneError: ONNX Runtime cannot load it.
     """
     from edgetune.runtime.artifact import open_artifact
@@ -84,6 +85,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     artifact = open_artifact(Path(job["artifact"]))
     verify_s = time.perf_counter() - start
     provider = job["provider"] or named(artifact.config)
+    adapter = artifact.adapter(job["adapter"])
     if provider != "cpu":
         if provider not in PROVIDERS:
             raise InputError(
@@ -96,12 +98,13 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     chosen = settings_for(artifact, job["threads"], job["use_profile"]) if own else plain
     engine: Drawn | Asked
     if job["session"]:
-        engine = Asked(artifact, provider, job["threads"], job["use_profile"])
+        engine = Asked(artifact, provider, adapter, job["threads"], job["use_profile"])
     else:
         options = {**chosen.session, **job["session_options"]}
         engine = Drawn(
             artifact,
             provider,
+            adapter,
             replace(chosen, session=options, prefill_tokens=job["prefill_tokens"] or chosen.prefill_tokens),
         )
     load_s = time.perf_counter() - start
@@ -112,6 +115,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         "graph": artifact.config["model"]["decoder"].get("filename"),
         "folder": str(artifact.path),
         "provider": provider,
+        "adapter": adapter,
         "threads": chosen.overlay()["intra_op_num_threads"],
         "device_profile": None if chosen == plain else asdict(chosen),
         "verify_s": round(verify_s, 3),
@@ -123,10 +127,10 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
 class Drawn:
     """Drawn prompts on the bare generator: what the model takes, without chat template, stops and text."""
 
-    def __init__(self, artifact: Artifact, provider: str, settings: Settings) -> None:
+    def __init__(self, artifact: Artifact, provider: str, adapter: str | None, settings: Settings) -> None:
         from edgetune.runtime import genai
 
-        self._og, self._artifact = genai(), artifact
+        self._og, self._artifact, self._adapter = genai(), artifact, adapter
         self._size = settings.prefill_tokens or artifact.prefill_tokens
         register_genai(self._og, provider)
         config = self._og.Config(str(artifact.path))
@@ -140,6 +144,7 @@ class Drawn:
         try:
             self._model = self._og.Model(config)
             self._tokenizer = self._og.Tokenizer(self._model)
+            self._adapters = load_adapters(self._og, self._model, artifact)
         except RuntimeError as error:
             raise EdgetuneError(
                 f"ONNX Runtime cannot load the artifact: {' '.join(str(error).split())[:300]}",
@@ -170,6 +175,8 @@ class Drawn:
         tokenization = time.perf_counter() - start
         start = time.perf_counter()
         generator = self._og.Generator(self._model, self._params)
+        if self._adapter is not None:
+            generator.set_active_adapter(self._adapters, self._adapter)
         if work.depth or not work.prompt:
             self._feed(generator, [ids[: work.depth or 1] for _, ids in rows])
             start = time.perf_counter()
@@ -262,7 +269,9 @@ class Drawn:
 class Asked:
     """Conversations through a session, as `chat` and `serve` have them: template, stops and caches included."""
 
-    def __init__(self, artifact: Artifact, provider: str, threads: int | None, use_profile: bool) -> None:
+    def __init__(
+        self, artifact: Artifact, provider: str, adapter: str | None, threads: int | None, use_profile: bool
+    ) -> None:
         from edgetune.runtime.session import Session
 
         if provider not in ("cpu", named(artifact.config)):
@@ -272,6 +281,7 @@ class Asked:
                 fix="measure ppN and tgN on it, or export the artifact for it",
             )
         self._session = Session(artifact, threads, use_profile=use_profile, on_cpu=provider == "cpu")
+        self._adapter = adapter or NO_ADAPTER
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
         """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
@@ -315,7 +325,7 @@ class Asked:
 
         session = self._session
         ids = session.encode(prompt if isinstance(prompt, str) else session.render(prompt))
-        options = GenerationOptions(max_tokens=self._work.new, temperature=0)
+        options = GenerationOptions(max_tokens=self._work.new, temperature=0, adapter=self._adapter)
         start = time.perf_counter()
         stream = session.stream(prompt, options)  # renders and encodes at once
         begun = time.perf_counter()
