@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoConfig
 
 from artifacts import edit_json, tiny_artifact  # noqa: F401 - a fixture
-from conftest import write_jsonl
+from conftest import edgetune, write_jsonl
 from edgetune import recipe_file
 from edgetune.deploy.bundle import package, unpack
 from edgetune.errors import InputError
@@ -26,6 +26,8 @@ from edgetune.pipeline import Pipeline
 from edgetune.recipe import ExportSection, ModelSection
 from edgetune.run import read_manifest
 from edgetune.runtime import load
+from edgetune.runtime.chat import Chat
+from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
 from edgetune.standalone import _adapter_at, export_model, merge_adapter, verify_artifact
 
@@ -113,7 +115,7 @@ def test_each_adapter_gives_pefts_tokens_and_none_the_bases(
         right = {name: wanted(tiny_model, folder, ids, 24) for name, folder in two.items()}
         right["none"] = wanted(tiny_model, None, ids, 24)
         assert len({tuple(tokens) for tokens in right.values()}) == 3, "the adapters change nothing"
-        options = GenerationOptions(max_tokens=24)
+        options = GenerationOptions(max_tokens=24, reuse="fast")  # what one adapter has read is nothing to another
         for name in ("wide", "none", "narrow", "wide", "narrow", "none"):  # back and forth
             assert list(session.generate(PROMPT, options, adapter=name).ids) == right[name]
         assert list(session.generate(PROMPT, options).ids) == right["none"], "of several none is on by itself"
@@ -414,3 +416,25 @@ def test_targets_that_cannot_have_adapters(target: str, tiny_model: Path, two: d
     with pytest.raises(InputError, match="adapters") as caught:
         export_model(tiny_model, tmp_path / "out", ExportSection(target=target), adapters=[str(two["wide"])])
     assert caught.value.where == "export.adapters"
+
+
+def test_chat_switches_and_lists_them(skills: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with load(skills) as session:
+        talk = Chat(session, Conversation(), GenerationOptions(max_tokens=2), interactive=False)
+        talk.take("/adapter")
+        assert "adapter: none; of wide, narrow" in capsys.readouterr().err
+        talk.take("/adapter narrow")
+        assert "adapter: narrow; of wide, narrow" in capsys.readouterr().err
+        with pytest.raises(InputError, match="no adapter 'tidy'"):
+            talk.take("/adapter tidy")
+        talk.take("hello")
+        talk.take("/adapter none")
+        assert "adapter: none" in capsys.readouterr().err
+
+
+def test_the_command_line_takes_names(skills: Path) -> None:
+    good = edgetune("generate", skills, PROMPT, "--raw", "--adapter", "wide", "--max-tokens", "4", "--json")
+    assert good.returncode == 0, good.stderr
+    for command in (["generate", skills, "hello"], ["chat", skills], ["bench", skills]):
+        bad = edgetune(*command, "--adapter", "tidy")
+        assert bad.returncode == 2 and "has no adapter 'tidy': it has wide, narrow" in bad.stderr
