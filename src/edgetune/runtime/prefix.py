@@ -65,7 +65,8 @@ class Reader:
         self._og, self._model, self._artifact = og, model, artifact
         # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
         self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
-        self._adapters = load_adapters(og, model, artifact)
+        with native("ONNX Runtime cannot load the adapters", artifact):
+            self._adapters = load_adapters(og, model, artifact)
         self._guidance_works = False
         self._kept: Context | None = None
 

@@ -158,8 +158,8 @@ class Session:
             adapter: in place of the options' adapter.
 
         Raises:
-            InputError: there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none of the model's, or the
-                constraint cannot be followed.
+            InputError: there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none
+                of the model's, or the constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
         options = options or GenerationOptions()
