@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune.data.examine import train_files, validation_files
 from edgetune.errors import InputError, require_extra
@@ -63,7 +63,7 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
             "max_length": recipe.export.max_length,
             "name": folder.path.name,
         }
-        inputs = {"merged": content("merge")}
+        inputs: dict[str, Any] = {"merged": content("merge")}
         if recipe.export.adapters == "separate":
             inputs = {"base": base_id, "adapter": content("train")}
             options |= {"adapters": "separate", "onto": recipe.merge.onto}

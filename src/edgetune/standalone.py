@@ -147,7 +147,7 @@ def export_model(
         InputError: the model cannot be exported so, or an adapter cannot stay beside it.
     """
     from edgetune.export.adapters.base import adapted_base
-    from edgetune.export.adapters.read import require_separable
+    from edgetune.export.adapters.read import Adapter, require_separable
     from edgetune.export.card import describe
     from edgetune.export.package import export
     from edgetune.export.quantized import Examples
@@ -175,7 +175,7 @@ def export_model(
         report = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgetune-")))
         artifact = stack.enter_context(staged_folder(out))
         inputs: dict[str, Any] = {"merged": base.digest}
-        model, beside_it = base.path, []
+        model, beside_it = base.path, list[Adapter]()
         if given:
             for _, folder in given:
                 stack.enter_context(lease(folder, "edgetune export"))

@@ -53,7 +53,7 @@ def adapted_base(
 def _write(base: Base, adapters: Sequence[Path], out: Path, onto: str, trust_remote_code: bool) -> list[str]:
     """Write weights, tokenizer and configuration. Returns warnings."""
     told: dict[str, Any] = {"warnings": []}
-    wanted = _CODE
+    wanted: tuple[str, ...] = _CODE
     if (adapters[0] / QUANTIZATION).is_file() and onto == "trained":
         model = four_bit_base(base, adapters[0], (), 0.0, trust_remote_code, told)
         model.save_pretrained(out, safe_serialization=True)

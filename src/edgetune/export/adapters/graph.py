@@ -183,7 +183,7 @@ def _branch(graph: ir.Graph, node: ir.Node, product: Product) -> None:
     given = []
     for last, shape in (("lora_A", (product.columns, rank)), ("lora_B", (rank, rows))):
         # Of rank 0, which the CPU computes right and fast; CUDA and DirectML did not (microsoft/onnxruntime issue 21483).
-        nothing = np.zeros([0 if size == rank else size for size in shape], np.float32)
+        nothing = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
         name = f"{product.name}.{last}"
         value = ir.Value(
             name=name,

@@ -120,7 +120,7 @@ def _read(name: str, folder: Path, base: Base, config: Any) -> Adapter:
             fix="adapters of one artifact share one base: give the very base, or train the adapter on it",
         )
     pairs = _pairs(folder, told)
-    parts = {}
+    parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for module, (a, b) in pairs.items():
         parts |= {part: (a, piece) for part, piece in parts_of(module, b, config)}
     files = ("adapter_config.json", "adapter_model.safetensors")
