@@ -52,7 +52,7 @@ def compare(
 
 def _job(path: Path, section: BenchSection, options: BenchOptions, adapter: str | None) -> Job:
     threads = options.threads[0] if options.threads else section.threads
-    return Job(path, threads, options.provider, adapter, use_profile=options.use_profile)
+    return Job(path, threads, options.provider, use_profile=options.use_profile, adapter=adapter)
 
 
 def _same_work(before: dict[str, Any], where: Path) -> None:

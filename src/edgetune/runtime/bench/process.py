@@ -28,23 +28,23 @@ class Job:
         artifact: its folder, or the run that holds it.
         threads: CPU threads; all cores when None.
         provider: execution provider; the one that it was exported for when None.
-        adapter: the one that is on; see `Artifact.adapter`.
         session: answer through a session, as chat, copy and prompts need, rather than on the bare generator.
         session_options: further entries of genai_config.json's `session_options`, for the bare generator.
         prefill_tokens: tokens of a prompt that are read at once, for the bare generator; as the device profile or the
             artifact has it when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did and `threads`
             is None.
+        adapter: the one that is on; see `Artifact.adapter`.
     """
 
     artifact: Path
     threads: int | None = None
     provider: str | None = None
-    adapter: str | None = None
     session: bool = False
     session_options: dict[str, Any] = field(default_factory=dict)
     prefill_tokens: int | None = None
     use_profile: bool = True
+    adapter: str | None = None
 
 
 class Worker:
