@@ -52,9 +52,8 @@ def bench(
     writable(out, artifact)
     options = options or BenchOptions(loads=0)
     counts = options.threads or (section.threads,)
-    jobs = [
-        Job(artifact, threads, options.provider, options.adapter, use_profile=options.use_profile) for threads in counts
-    ]
+    how: dict[str, Any] = {"use_profile": options.use_profile, "adapter": options.adapter}
+    jobs = [Job(artifact, threads, options.provider, **how) for threads in counts]
     reports = measured(jobs, section, options)
     report = max(reports, key=_speed)
     if len(reports) > 1:

@@ -174,9 +174,7 @@ class Drawn:
             self._tokenizer.encode(text)
         tokenization = time.perf_counter() - start
         start = time.perf_counter()
-        generator = self._og.Generator(self._model, self._params)
-        if self._adapter is not None:
-            generator.set_active_adapter(self._adapters, self._adapter)
+        generator = self._generator(self._params)
         if work.depth or not work.prompt:
             self._feed(generator, [ids[: work.depth or 1] for _, ids in rows])
             start = time.perf_counter()
@@ -209,6 +207,12 @@ class Drawn:
             }
         ]
 
+    def _generator(self, params: Any) -> Any:
+        found = self._og.Generator(self._model, params)
+        if self._adapter is not None:
+            found.set_active_adapter(self._adapters, self._adapter)
+        return found
+
     def _feed(self, generator: Any, rows: list[list[int]]) -> None:
         """Read tokens, so many in a call as a session reads; a batch must be read in one."""
         if len(rows) > 1:
@@ -233,7 +237,7 @@ class Drawn:
         ids, new = self._rounds[number][0][1], self._work.new
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=len(ids) + new + max(counts), do_sample=False)
-        generator = self._og.Generator(self._model, params)
+        generator = self._generator(params)
         self._feed(generator, [ids])
         read = row_reader(generator, self._artifact)
         if read is None:
