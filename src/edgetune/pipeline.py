@@ -22,6 +22,7 @@ from edgetune.stage_work import left_out, look_before, runs_on, stage_work, with
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded
+    from edgetune.export.adapters.read import Adapter
     from edgetune.export.quantized import Examples
     from edgetune.export.targets import Target
     from edgetune.models import Base
@@ -312,9 +313,13 @@ class Pipeline:
         for stage in ("verify", "bench"):  # what they say is about an artifact that is about to go
             shutil.rmtree(self.folder.output(stage), ignore_errors=True)
         report, artifact = self.folder.folders("export")
-        with staged_folder(report) as first, staged_folder(artifact) as second:
+        with (
+            staged_folder(report) as first,
+            staged_folder(artifact) as second,
+            self._exported() as (model, adapters),
+        ):
             export(
-                self.folder.output("merge"),
+                model,
                 target,
                 self.recipe.export.max_length,
                 name=self.name,
@@ -324,9 +329,24 @@ class Pipeline:
                 artifact=second,
                 report=first,
                 examples=self._examples(target, work),
+                adapters=adapters,
             )
             seal(first, work)
         shutil.rmtree(self._healing, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _exported(self) -> Iterator[tuple[Path, list[Adapter]]]:
+        """The model whose weights are exported, and the adapters beside it: the merged one alone, or base and adapter."""
+        if self.recipe.export.adapters == "merged":
+            yield self.folder.output("merge"), []
+            return
+        from edgetune.export.adapters.base import adapted_base
+
+        given, trusted = [(self.name, self.folder.output("train"))], self.recipe.model.trust_remote_code
+        with adapted_base(
+            self.base(), given, self.folder.path, onto=self.recipe.merge.onto, trust_remote_code=trusted
+        ) as found:
+            yield found
 
     @property
     def _healing(self) -> Path:
@@ -349,22 +369,32 @@ class Pipeline:
         artifact = open_artifact(self.folder.output("export")).path
         with staged_folder(self.folder.output("verify")) as out:
             rows = self._encoded("validation", self.recipe.verify.rows)
+            trusted = self.recipe.model.trust_remote_code
+            told: dict[str, Any] = {}
+            if self.recipe.export.adapters == "separate":
+                # A base that was made again from 4 bits lies nowhere to be compared with.
+                four_bit = self.recipe.train.method == "qlora" and self.recipe.merge.onto == "trained"
+                told = {"adapter": self.name, "base": None if four_bit else self.base().path}
+            merged = self.folder.output("merge")
             verify(
                 artifact,
-                self.folder.output("merge"),
+                merged,
                 rows,
                 self.recipe.verify,
                 out,
                 provider=runs_on(self.recipe),
-                trust_remote_code=self.recipe.model.trust_remote_code,
+                trust_remote_code=trusted,
+                **told,
             )
             seal(out, work)
 
     def _bench(self, work: Work) -> None:
+        from edgetune.export.adapters.cost import bench_beside_merged
         from edgetune.runtime.bench.measure import bench
 
         with staged_folder(self.folder.output("bench")) as out:
-            bench(self.folder.output("export"), self.recipe.bench, out)
+            measure = bench if self.recipe.export.adapters == "merged" else bench_beside_merged
+            measure(self.folder.output("export"), self.recipe.bench, out)
             seal(out, work)
 
     @contextlib.contextmanager

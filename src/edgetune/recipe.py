@@ -138,6 +138,11 @@ class ExportSection(Section):
         ge=16,
         description="Context of the artifact in tokens, prompt and answer together; capped at the model's own.",
     )
+    adapters: Literal["merged", "separate"] = Field(
+        "merged",
+        description="`separate` leaves the base as it is, and puts the adapter beside it as a file that is switched on at run "
+        "time: several adapters on one base, at some cost in speed.",
+    )
     heal: HealSection = Field(default_factory=HealSection, description="Repair after quantization.")
     auto: AutoSection = Field(
         default_factory=AutoSection,
@@ -191,6 +196,9 @@ class BenchOptions(Section):
     prompts: str | None = Field(None, description="A file of your own prompts.")
     threads: tuple[int, ...] = Field((), description="Thread counts to measure in turn.")
     provider: str | None = Field(None, description="Execution provider, in place of the one that it was exported for.")
+    adapter: str | None = Field(
+        None, description="The adapter that is on, of an artifact that carries some; its only one when not given."
+    )
     stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
     loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
     use_profile: bool = Field(True, description="Run it with what `edgetune tune` measured on this machine.")
@@ -225,6 +233,39 @@ class Recipe(Section):
             raise ValueError(
                 f"bench.prompt_tokens + bench.new_tokens is {self.bench.prompt_tokens + self.bench.new_tokens}, "
                 f"export.max_length is {self.export.max_length}: lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_can_stay_apart(self) -> Recipe:
+        if self.export.adapters == "merged":
+            return self
+        merged = "or leave it merged: export.adapters: merged"
+        if self.train.method == "full":
+            raise refused("export.adapters", "method full has no adapter", f"set train.method: lora, {merged}")
+        if self.train.method == "dora":
+            raise refused(
+                "export.adapters",
+                "dora scales the base's own weights, which an adapter beside them cannot",
+                f"set train.method: lora, {merged}",
+            )
+        if self.train.modules_to_save:
+            raise refused(
+                "export.adapters",
+                f"{', '.join(self.train.modules_to_save)} is trained whole, and the base keeps its own",
+                f"remove train.modules_to_save, {merged}",
+            )
+        if self.train.quantization_aware:
+            raise refused(
+                "export.adapters",
+                "quantization_aware trains base and adapter as one sum that is rounded, and here the base is rounded alone",
+                f"remove train.quantization_aware, {merged}",
+            )
+        if "embed_tokens" in self.train.target_modules:
+            raise refused(
+                "export.adapters",
+                "an adapter on the embedding cannot stay beside the base",
+                f"leave embed_tokens out of train.target_modules, {merged}",
             )
         return self
 

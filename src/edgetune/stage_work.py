@@ -64,7 +64,10 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
             "max_length": recipe.export.max_length,
             "name": folder.path.name,
         }
-        inputs = {"merged": content("merge")}
+        inputs: dict[str, Any] = {"merged": content("merge")}
+        if recipe.export.adapters == "separate":
+            inputs = {"base": base_id, "adapter": content("train")}
+            options |= {"adapters": "separate", "onto": recipe.merge.onto}
         if target.calibrates or recipe.export.heal.steps:
             inputs["data"] = content("data")
         if recipe.export.heal.steps:
@@ -130,7 +133,13 @@ def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
     trackers.check(recipe.train.trackers)
     if "export" in stages:
         require_extra("export")
-    target_for(recipe)
+    target = target_for(recipe)
+    if recipe.export.adapters == "separate":
+        from edgetune.export.adapters.read import require_separable
+        from edgetune.runtime.artifact import check_adapter_name
+
+        require_separable(target)
+        check_adapter_name(folder.path.name, "name")  # the adapter's, too
     for path in [*train_files(recipe.data), *validation_files(recipe.data)]:
         file_hash(folder, path)
     template = recipe.model.chat_template

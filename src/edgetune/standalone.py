@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -121,21 +122,32 @@ def _validation(adapter: Path, base: Base, model: ModelSection, data: Path | Non
 
 
 def export_model(
-    merged: Path, out: Path, section: ExportSection, name: str | None = None, data: Path | None = None
+    merged: Path,
+    out: Path,
+    section: ExportSection,
+    name: str | None = None,
+    data: Path | None = None,
+    adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Make an artifact of a transformers folder.
+    """Make an artifact of a transformers folder, or of a base with adapters that are switched at run time.
 
     Args:
-        merged: the folder.
+        merged: the folder; with `adapters` their base, in any form that `model.id` has.
         out: the artifact; replaced as a whole.
         section: target and context.
         name: the artifact's name; the name of `out`'s folder when not given.
-        data: examples in any form, for a target that calibrates; the training rows that lie beside the folder in its run
-            when not given.
+        data: examples in any form, for a target that calibrates; the training rows that lie beside the folder (of
+            adapters: beside the first) in its run when not given.
+        adapters: each `NAME=FOLDER`, or a folder: an adapter, or the run that holds it.
 
     Returns:
         The report of `edgetune.export.package.export`, with `path`.
+
+    Raises:
+        InputError: the model cannot be exported so, or an adapter cannot stay beside it.
     """
+    from edgetune.export.adapters.base import adapted_base
+    from edgetune.export.adapters.read import Adapter, require_separable
     from edgetune.export.card import describe
     from edgetune.export.package import export
     from edgetune.export.quantized import Examples
@@ -144,45 +156,77 @@ def export_model(
 
     require_extra("export")
     target = target_of(section)
-    _check_out(out, merged, "export")
-    base = resolve(ModelSection(id=str(merged.absolute())))
+    given = [_adapter_at(text) for text in adapters]
+    if given:
+        require_extra("train")
+        require_separable(target)
+    for source in [merged, *(folder for _, folder in given)]:
+        _check_out(out, source, "export")
+    base = resolve(ModelSection(id=str(merged.absolute() if merged.exists() else merged)))
     named = name or (out.parent.name if out.name == "artifact" else out.name)
     options = {
         "target": target.options_of_work(),
         "max_length": section.max_length,
         "name": named,
     }
-    work = Work("export", {"merged": base.digest}, options)
-    held = lease(merged, "edgetune export")
-    with held, tempfile.TemporaryDirectory(prefix="edgetune-") as report, staged_folder(out) as artifact:
+    beside = given[0][1] if given else merged
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lease(base.path, "edgetune export"))
+        report = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgetune-")))
+        artifact = stack.enter_context(staged_folder(out))
+        inputs: dict[str, Any] = {"merged": base.digest}
+        model, beside_it = base.path, list[Adapter]()
+        if given:
+            for _, folder in given:
+                stack.enter_context(lease(folder, "edgetune export"))
+            model, beside_it = stack.enter_context(adapted_base(base, given, artifact.parent))
+            inputs = {"base": base.digest, "adapters": {adapter.name: adapter.digest for adapter in beside_it}}
         found = export(
-            merged,
+            model,
             target,
             section.max_length,
             name=named,
             chain={"base": describe(base)},
-            work=work,
+            work=Work("export", inputs, options),
             trust_remote_code=False,
             artifact=artifact,
-            report=Path(report),
-            examples=_examples(merged, data, Examples.wanted(target, section.heal), section.heal),
+            report=report,
+            examples=_examples(
+                model, data or _rows_beside(beside), Examples.wanted(target, section.heal), section.heal
+            ),
+            adapters=beside_it,
         )
     return {"path": str(out), **found}
 
 
+def _adapter_at(text: str) -> tuple[str, Path]:
+    """The name and the folder of `NAME=FOLDER`; the name of the run, or of the folder, where none is given."""
+    name, equals, rest = text.partition("=")
+    folder = Path(rest if equals else text)
+    if (folder / "adapter").is_dir() and not (folder / "adapter_config.json").is_file():
+        folder = folder / "adapter"
+    place = folder.absolute()
+    return (name if equals else place.parent.name if place.name == "adapter" else place.name), folder
+
+
+def _rows_beside(folder: Path) -> Path | None:
+    """The training rows of the run that a folder lies in."""
+    found = folder.absolute().parent / "data" / "train.jsonl"
+    return found if found.is_file() else None
+
+
 def _examples(merged: Path, data: Path | None, rows: int | None, heal: HealSection) -> Examples:
-    """Rows of the file, or of the run that the model lies in; none where there is neither."""
+    """Rows of the file, as many as are wanted."""
     from edgetune.data.examine import encode_any
     from edgetune.data.render import Renderer
     from edgetune.export.quantized import Examples
     from edgetune.models import context_length, load_tokenizer, stop_ids
 
-    path = data or merged.parent / "data" / "train.jsonl"
-    if rows == 0 or (data is None and not path.is_file()):
+    if rows == 0 or data is None:
         return Examples()
     renderer = Renderer(load_tokenizer(merged), set(stop_ids(merged)))
     most = sys.maxsize if rows is None else rows
-    return Examples(encode_any(path, renderer, "assistant", context_length(merged), most), heal)
+    return Examples(encode_any(data, renderer, "assistant", context_length(merged), most), heal)
 
 
 def verify_artifact(
@@ -195,6 +239,7 @@ def verify_artifact(
     *,
     step: int | None = None,
     provider: str | None = None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
 
@@ -202,13 +247,14 @@ def verify_artifact(
         artifact: artifact or run folder; a folder of another tool's with genai_config.json; a transformers folder, a GGUF
             file, or `package:NAME`.
         merged: any of these; `merged` beside the artifact when not given.
-        data: examples in any form; `data/validation.jsonl` beside the artifact when not given.
+        data: examples in any form; `data/validation.jsonl` beside the artifact, or beside `merged`, when not given.
         rows: how many; the run's own recipe decides when not given.
         limits: limits that replace the run's or the default ones.
         out: folder that gets report.json, or None; what else lies in it stays.
         step: tokens of a row that are fed to the artifact at once; the run's own recipe decides when not given.
         provider: where the artifact runs, as targets have it; what it was made for when not given. The card of edgetune's
             own artifacts says so when that was done.
+        adapter: of an artifact that carries adapters, which one is on; `none`: the base; its only one when not given.
 
     Returns:
         The report of `edgetune.export.verify.verify`, with `path` and `against`.
@@ -219,6 +265,7 @@ def verify_artifact(
     from edgetune.export.targets import limits_of
     from edgetune.export.verify import verify
     from edgetune.models import load_tokenizer
+    from edgetune.runtime.artifact import Artifact
 
     require_extra("export")
     found = model_at(artifact, "artifact")
@@ -226,15 +273,17 @@ def verify_artifact(
     run = found.parent
     if merged is None and not (run / "merged").is_dir():
         raise InputError("no merged model lies beside the artifact", where=found, fix="name it: --against FOLDER")
-    held_out = data or run / "data" / "validation.jsonl"
-    if data is None and not held_out.is_file():
+    against = model_at(merged or run / "merged", "merged")
+    beside = [folder / "data" / "validation.jsonl" for folder in (run, against.parent)]
+    held_out = data or next((file for file in beside if file.is_file()), None)
+    if held_out is None:
         raise InputError(
             "no held-out rows lie beside the artifact",
             where=found,
             fix="name a file of examples: --data FILE",
         )
-    against = model_at(merged or run / "merged", "merged")
     _tell_of_another_origin(found, against)
+    switched = Artifact(found, read_manifest(found), {}, {}).adapter(adapter)
     section, train_on = _settings(run)
     if not (run / "recipe.json").is_file():
         section = section.model_copy(update={"limits": limits_of(found)})
@@ -248,7 +297,9 @@ def verify_artifact(
         lease(against, "edgetune verify"),
         tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
     ):
-        report = verify(found, against, encoded, section, Path(folder), provider=provider, places=places)
+        report = verify(
+            found, against, encoded, section, Path(folder), provider=provider, places=places, adapter=switched
+        )
     if out is not None:
         write_json(out / "report.json", report)
     stamp(found, report)

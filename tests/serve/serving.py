@@ -29,6 +29,7 @@ class FakeSession:
 
     def __init__(self) -> None:
         self.artifact = SimpleNamespace(name="tiny", max_length=512)
+        self.adapters: tuple[str, ...] = ()
         self.release = threading.Event()
         self.asked: list[tuple[str, GenerationOptions]] = []
         self.cancelled: list[str] = []

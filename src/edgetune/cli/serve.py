@@ -26,7 +26,8 @@ def command(
 ) -> None:
     """Serve an artifact to OpenAI clients: /v1/chat/completions, /v1/models, /health.
 
-    One answer at a time, the others wait in a queue; a full queue is answered with 429. Ctrl-C ends it.
+    One answer at a time, the others wait in a queue; a full queue is answered with 429. Ctrl-C ends it. The adapters of an
+    artifact are models of their own, NAME:ADAPTER; NAME:none is its base.
 
     \b
     Examples:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
+from edgetune.cli._generation import ADAPTER
 
 _SHOWN = 44  # characters of the text before a worst place
 
@@ -26,6 +27,10 @@ def command(
             metavar="MODEL",
             help="The merged model; any of the same kinds. `merged` beside the artifact when not given.",
         ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=ADAPTER),
     ] = None,
     data: Annotated[
         Path | None,
@@ -68,6 +73,7 @@ def command(
       edgetune verify runs/quickstart/artifact
       edgetune verify ./artifact --against ./merged --data rows.jsonl --rows 100
       edgetune verify ./olive-output --against ./model.gguf --data rows.jsonl
+      edgetune verify skills --adapter sql --against runs/sql/merged --data runs/sql/data/validation.jsonl
       edgetune verify runs/quickstart --step 1 --limit top1_agreement=0.95 --json
       edgetune verify runs/npu --provider cpu
     """
@@ -75,7 +81,9 @@ def command(
     from edgetune.recipe_file import limits_from
     from edgetune.standalone import verify_artifact
 
-    found = verify_artifact(artifact, against, data, rows, limits_from(limit or []), out, step=step, provider=provider)
+    found = verify_artifact(
+        artifact, against, data, rows, limits_from(limit or []), out, step=step, provider=provider, adapter=adapter
+    )
     if json:
         print_json(found)
     else:
@@ -97,6 +105,7 @@ def _measures(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     shares = [f"{name.replace('_', '.')} {found[f'kld_{name}']:.4f}" for name in ("median", "p90", "p95", "p99_9")]
     error = "" if perplexity["ratio_se"] is None else f" ± {perplexity['ratio_se']:.4f}"
     return [
+        *((("adapter", found["adapter"], ""),) if "adapter" in found else ()),
         ("KL divergence, mean", f"{found['kld_mean']:.4f} nats", f"at most {limits['kld_mean']:g}"),
         ("KL divergence, p99", f"{found['kld_p99']:.4f} nats", f"at most {limits['kld_p99']:g}"),
         ("KL divergence, others", ", ".join([*shares, f"largest {found['kld_max']:.4f}"]), ""),

@@ -12,6 +12,7 @@ from edgetune import progress
 from edgetune.export.targets import Target
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
 from edgetune.run import MANIFEST
+from edgetune.runtime.artifact import NO_ADAPTER, adapter_file
 
 if TYPE_CHECKING:
     from edgetune.models import Base
@@ -53,6 +54,7 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
         "It loads unchanged in `onnxruntime-genai`, too.",
         "",
     ]
+    lines += _adapters(reports)
     lines += ["## What was measured", "", *_numbers(reports), ""]
     lines += ["## What it needs", "", target.needs, ""]
     if export := reports.get("export"):
@@ -139,6 +141,7 @@ def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
                 "perplexity, merged → artifact",
                 f"{verify['perplexity']['merged']:.3f} → {verify['perplexity']['artifact']:.3f}",
             ),
+            *_without(verify),
             ("gate", "passed" if verify["passed"] else "NOT PASSED: " + "; ".join(verify["failures"])),
         ]
     if bench := reports.get("bench"):
@@ -156,12 +159,66 @@ def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
             ),
             ("prefill", f"{bench['prefill_tokens_per_s']['p50']:.0f} tokens/s"),
             ("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"),
+            *_cost(bench),
             ("peak memory of the process", f"{bench['peak_rss_mb']:.0f} MB"),
             ("size on disk", f"{bench['size_mb']:.1f} MB"),
         ]
     if not rows:
         return ["Nothing yet: run `edgetune verify` and `edgetune bench` on this folder."]
     return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+
+
+def _adapters(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What adapters there are, and how they are switched on."""
+    found = reports.get("export", {}).get("adapters")
+    if not found:
+        return []
+    names = list(found)
+    alone = f"It is on unless `{NO_ADAPTER}` is asked for." if len(names) == 1 else "None is on unless it is named."
+    rows = [f"| `{name}` | {told['rank']} | {', '.join(told['layers'])} |" for name, told in found.items()]
+    return [
+        "## Adapters",
+        "",
+        f"The weights are the base's; adapters lie beside them and are switched on by name. {alone}",
+        "",
+        "| adapter | rank | layers |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "```",
+        f'edgetune generate PATH/TO/THIS/FOLDER "Hello" --adapter {names[0]}',
+        "```",
+        "",
+        "```python",
+        "adapters = onnxruntime_genai.Adapters(model)",
+        f'adapters.load("{adapter_file(names[0])}", "{names[0]}")',
+        f'generator.set_active_adapter(adapters, "{names[0]}")  # before the prompt; without it the base answers',
+        "```",
+        "",
+    ]
+
+
+def _without(verify: dict[str, Any]) -> list[tuple[str, str]]:
+    base = verify.get("base")
+    if not base:
+        return []
+    says = (
+        f"{base['kld_mean']:.4f} nats, best token agrees in {base['top1_agreement']:.1%} of {base['tokens']} positions"
+    )
+    return [("KL divergence of the base without an adapter, mean", says)]
+
+
+def _cost(bench: dict[str, Any]) -> list[tuple[str, str]]:
+    """What it costs that the adapter is not merged."""
+    adapter, comparison = bench.get("target", {}).get("adapter"), bench.get("comparison")
+    if not adapter or not comparison:
+        return []
+    parts = [
+        f"{found['what']} {comparison['report'][found['what'] + '_tokens_per_s']['p50']:,.1f} tokens/s; with it beside the "
+        f"weights {found['value']:.2f} times as fast"
+        for found in comparison["ratios"]
+    ]
+    return [("were the adapter merged", ", ".join(parts))]
 
 
 def rewrite_card(artifact: Path, text: str) -> None:

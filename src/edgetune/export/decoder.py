@@ -9,18 +9,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.export.adapters.graph import add_branches, write_adapter
+from edgetune.export.adapters.read import Adapter
 from edgetune.export.contract import write_contract
 from edgetune.export.kv_cache import write_scales
 from edgetune.export.qdq import to_static
+from edgetune.export.quantize.smooth import Folded
 from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
 from edgetune.export.targets import Target, require_fit
 from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
 from edgetune.models import context_length, stop_ids
+from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.providers import PROVIDERS
 
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
@@ -35,6 +40,7 @@ def export_decoder(
     report: Path,
     name: str,
     examples: Examples = NO_EXAMPLES,
+    adapters: Sequence[Adapter] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
@@ -47,6 +53,7 @@ def export_decoder(
         report: existing folder for builder.log.
         name: the artifact's name, for catalogs.
         examples: training rows, for a target that calibrates.
+        adapters: what stays beside the weights; `merged` is then their base.
         trust_remote_code: run code that the model's folder brings.
 
     Returns:
@@ -64,7 +71,7 @@ def export_decoder(
     context = context_length(merged)
     limit = min(max_length, context)
     more: dict[str, Any] = {}
-    log = report / "builder.log"
+    log, folded = report / "builder.log", Folded()
     if target.kv_cache == "int8":
         scales = write_scales(
             merged, [row.ids for row in examples.rows], report / "kv_scales.json", trust_remote_code=trust_remote_code
@@ -72,10 +79,12 @@ def export_decoder(
         target = target.model_copy(update={"options": {**target.options, **scales}})
     if target.quantization:
         peak, more["quantization"] = _quantize_and_build(
-            merged, target, artifact, log, examples, limit, trust_remote_code
+            merged, target, artifact, log, examples, limit, folded, trust_remote_code
         )
     else:
         peak = _build(merged, target, artifact, log, trust_remote_code)
+    if adapters:
+        more["adapters"] = _put_adapters(merged, artifact, adapters, folded, trust_remote_code)
     if target.static:
         more["static"] = to_static(artifact, target.static, limit, [row.ids for row in examples.rows])
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
@@ -114,6 +123,7 @@ def _quantize_and_build(
     log: Path,
     examples: Examples,
     context: int,
+    folded: Folded,
     trust_remote_code: bool,
 ) -> tuple[float, dict[str, Any]]:
     """Quantize the weights ourselves, and have the builder make the graph of them."""
@@ -131,11 +141,31 @@ def _quantize_and_build(
             examples,
             context=context,
             told=log.parent,
+            folded=folded,
             trust_remote_code=trust_remote_code,
         )
         peak = _build(checkpoint, target, artifact, log, trust_remote_code)
         finish(artifact / "model.onnx", checkpoint, int8, context)
     return peak, found
+
+
+def _put_adapters(
+    base: Path, artifact: Path, adapters: Sequence[Adapter], folded: Folded, trust_remote_code: bool
+) -> dict[str, dict[str, Any]]:
+    """Give the graph its branches, and write a file for each adapter. Returns what the manifest says of them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
+    products = add_branches(artifact / "model.onnx", adapters, config)
+    found = {}
+    for adapter in adapters:
+        write_adapter(artifact / adapter_file(adapter.name), adapter, products, folded)
+        found[adapter.name] = {
+            "rank": adapter.rank,
+            "layers": sorted({part.rpartition(".")[2] for part in adapter.parts}),
+            "sha256": adapter.digest,
+        }
+    return found
 
 
 def _name_provider(config: dict[str, Any], target: Target) -> None:

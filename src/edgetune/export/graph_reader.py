@@ -44,18 +44,28 @@ class Graph:
         folder: the artifact.
         config: its genai_config.json, where it was read already.
         provider: where it runs, as targets have it.
+        adapter: file in the folder, of the adapter that is switched on.
 
     Raises:
         InputError: the provider is missing here, ONNX Runtime cannot load or run the graph on it, or the graph needs inputs
             that edgetune does not know.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any] | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any] | None = None,
+        provider: str = "cpu",
+        adapter: str | None = None,
+    ) -> None:
         config = config or read_json(folder / CONFIG)
         decoder = at(config, "model", "decoder")
         if not isinstance(decoder, dict):
             raise _odd(folder, 'has no "decoder" in "model"')
         self._first, self._next = _graphs(folder, decoder, provider)
+        if adapter is not None:
+            for step in (self._first, self._next):
+                step.switch_on(folder / adapter)
         self._cache: list[Any] | None = None
         self._length = 0
         self.most: int | None = None
@@ -134,6 +144,14 @@ class _Step:
         self._check(folder)
         length = self._inputs[self._ids].shape[-1]
         self.length = length if isinstance(length, int) else None
+        self._adapter: dict[str, Any] = {}
+
+    def switch_on(self, file: Path) -> None:
+        """Run with the values of an `.onnx_adapter` file from now on."""
+        import onnxruntime
+
+        with _explained(file, "ONNX Runtime cannot read the adapter"):
+            self._adapter = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
 
     def _check(self, folder: Path) -> None:
         outputs = {found.name: found.type for found in self.session.get_outputs()}
@@ -192,6 +210,7 @@ class _Step:
             if name in self._inputs
         }
         names = [past for past, _ in self._past]
+        feed |= self._adapter
         feed |= dict(zip(names, cache or [self._empty(name) for name in names], strict=True))
         with _explained(self._file, "ONNX Runtime cannot run the graph"):
             logits, *present = self.session.run_with_ort_values(self._outputs, feed)

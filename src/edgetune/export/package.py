@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, first_line
+from edgetune.export.adapters.read import Adapter
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
 from edgetune.export.graph_check import check_graph, check_greedy, check_places
@@ -34,6 +36,7 @@ def export(
     artifact: Path,
     report: Path,
     examples: Examples = NO_EXAMPLES,
+    adapters: Sequence[Adapter] = (),
 ) -> dict[str, Any]:
     """Write a whole artifact and load it once.
 
@@ -48,6 +51,7 @@ def export(
         artifact: existing, empty folder.
         report: existing folder for report.json and builder.log.
         examples: training rows, for a target that calibrates.
+        adapters: what stays beside the weights; `merged` is then their base.
 
     Returns:
         The report.
@@ -64,6 +68,7 @@ def export(
         report=report,
         name=name,
         examples=examples,
+        adapters=adapters,
         trust_remote_code=trust_remote_code,
     )
     graphs = sorted(artifact.glob("*.onnx"))
@@ -75,7 +80,8 @@ def export(
     if not here.runs:
         found["weights"] = compare_weights(merged, graphs[0], target.precision)
     write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
-    seal(artifact, work, name=name, task="text-generation", chain=chain)
+    told = {"adapters": found["adapters"]} if adapters else {}
+    seal(artifact, work, name=name, task="text-generation", chain=chain, **told)
     found["device"].update(_run_static(artifact) if target.static and not here.runs else _load(artifact, here.runs))
     check_places(artifact, merged, artifact)
     if target.precision == "fp32":
@@ -125,6 +131,8 @@ def _load(artifact: Path, runs: bool) -> dict[str, Any]:
     try:
         with Session(open_artifact(artifact), on_cpu=not runs) as session:
             answer = session.generate("Hello", GenerationOptions(max_tokens=4))
+            for name in session.adapters:
+                session.generate("Hello", GenerationOptions(max_tokens=1), adapter=name)
     except EdgetuneError as error:
         if runs or not _NO_KERNEL.search(str(error)):
             raise

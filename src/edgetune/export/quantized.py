@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from edgetune.export.quantize.grid import Quantized
     from edgetune.export.quantize.plan import Plan
+    from edgetune.export.quantize.smooth import Folded
     from edgetune.export.targets import Target
     from edgetune.recipe import HealSection
 
@@ -77,6 +78,7 @@ def write_checkpoint(
     *,
     context: int = 2048,
     told: Path | None = None,
+    folded: Folded | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[list[str], dict[str, Any]]:
     """Quantize a merged model into a checkpoint that the model builder reads.
@@ -88,6 +90,7 @@ def write_checkpoint(
         examples: rows to calibrate on, as many as the section wants, and to heal on.
         context: the artifact's, in tokens.
         told: existing folder for what `method: auto` draws; nothing is drawn there when None.
+        folded: takes what smoothing divided by.
 
     Returns:
         The matrices that `graph.finish` is to give the kernel for int8 activations, and what the report says: `grids` (how
@@ -116,6 +119,7 @@ def write_checkpoint(
         found.__setitem__ if healing else writer.keep,
         keep_float=floats.__setitem__ if healing else writer.keep_float,
         layer_done=writer.layer_done,
+        folded=folded,
         trust_remote_code=trust_remote_code,
     )
     report = {

@@ -46,13 +46,23 @@ def is_graph(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_reader(folder: Path, *, provider: str = "cpu", trust_remote_code: bool = False) -> Reader:
-    """Load the model in a folder, a graph on an execution provider of this machine.
+def open_reader(
+    folder: Path, *, provider: str = "cpu", adapter: str | None = None, trust_remote_code: bool = False
+) -> Reader:
+    """Load the model in a folder.
+
+    Args:
+        folder: what `Reader` names.
+        provider: where a graph runs, as targets have it.
+        adapter: file in the folder, of the adapter that is switched on; the base's graph alone when None.
+        trust_remote_code: run code that a transformers folder brings.
 
     Raises:
         InputError: the provider is missing, or the model cannot be loaded, or does not give what is compared.
     """
-    return Graph(folder, provider=provider) if is_graph(folder) else Weights(folder, trust_remote_code)
+    if is_graph(folder):
+        return Graph(folder, provider=provider, adapter=adapter)
+    return Weights(folder, trust_remote_code)
 
 
 def provider_of(folder: Path, asked: str | None = None) -> str:

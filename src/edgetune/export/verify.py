@@ -22,6 +22,7 @@ from edgetune.files import read_json, write_json
 from edgetune.models import load_tokenizer
 from edgetune.models.quiet import quiet
 from edgetune.recipe import Limits, VerifySection
+from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.runtime.providers import named
 
@@ -29,6 +30,7 @@ __all__ = ["Graph", "failures", "gate_error", "verify"]
 
 _ENOUGH = 200  # tokens under which one or two disagreements decide the gate
 _SAME_TOKENS = 0.99  # share of the vocabulary under which it is another one
+_BASE_ROWS = 8  # on which a base with no adapter on is compared: its gate is the adapter's
 _CONTEXT = 24  # tokens before a worst place that are shown
 
 
@@ -42,6 +44,8 @@ def verify(
     provider: str = "cpu",
     trust_remote_code: bool = False,
     places: Sequence[str] | None = None,
+    adapter: str | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
 
@@ -54,13 +58,16 @@ def verify(
         provider: where the artifact runs, as targets have it.
         trust_remote_code: run code that the merged model's folder brings.
         places: where each row stands, as file:line; its number when None.
+        adapter: of an artifact that carries adapters, the name of the one that is compared; its base when None.
+        base: transformers folder that the artifact without its adapters is compared with, on a few rows.
 
     Returns:
         The report: `kld_mean`, `kld_median`, `kld_p90` … `kld_max` (nats), `delta_p_rms`, `top1_agreement`,
         `perplexity.{merged,artifact,ratio,ratio_se}`, `tokens`, `by_position`, `by_token_class`, `worst`, `golden`
         (first divergent token of greedy generation), `device` (None for a transformers folder; `provider`: where it ran,
         `ran`: whether that is what it was made for, `shares` of its nodes by ONNX Runtime's providers), `limits`,
-        `failures` and `passed`.
+        `failures` and `passed`; where they are given `adapter` and `base` (`kld_mean`, `kld_p99`, `top1_agreement`,
+        `tokens`), which has no limits.
 
     Raises:
         InputError: the two do not have the same vocabulary, one cannot be loaded, the provider is missing, or no row has a
@@ -83,7 +90,8 @@ def verify(
     warnings = _check_tokens(artifact, merged, tokenizer)
     scores, answers = Scores(), list[dict[str, Any]]()
     with progress.task("verify", len(used) + len(golden)) as bar, quiet():
-        found = open_reader(artifact, provider=provider)
+        switched = None if adapter is None else adapter_file(adapter)
+        found = open_reader(artifact, provider=provider, adapter=switched)
         step = _step(found, section.step, artifact)
         wanted = open_reader(merged, trust_remote_code=trust_remote_code)
         _check_width(found, wanted, artifact)
@@ -93,6 +101,7 @@ def verify(
         for prompt in golden:
             answers.append(_greedy(wanted, found, prompt, section.golden_tokens, tokenizer, set(ends(merged))))
             bar.advance(1)
+        del found, wanted
     result = scores.summary()
     texts = Tokens(tokenizer, ends(merged))
     if result["tokens"] < _ENOUGH:
@@ -115,6 +124,10 @@ def verify(
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "warnings": warnings,
     }
+    if adapter is not None:
+        result["adapter"] = adapter
+    if base is not None:
+        result["base"] = _base(artifact, base, used[:_BASE_ROWS], section.step, trust_remote_code)
     result["failures"] = failures(result, section.limits)
     result["passed"] = not result["failures"]
     write_json(out / "report.json", result)
@@ -130,6 +143,20 @@ def _device(artifact: Path, found: Reader, provider: str) -> dict[str, Any] | No
         "ran": provider == named(read_json(artifact / CONFIG)),
         "shares": found.shares(),
     }
+
+
+def _base(
+    artifact: Path, base: Path, rows: Sequence[tuple[int, Encoded]], step: int | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """How far an artifact with no adapter on is from its base."""
+    scores = Scores()
+    with progress.task("verify the base", len(rows)) as bar, quiet():
+        found, wanted = open_reader(artifact), open_reader(base, trust_remote_code=trust_remote_code)
+        for number, row in rows:
+            _add(scores, wanted, found, _step(found, step, artifact), number, row)
+            bar.advance(1, f"KL {scores.mean():.4f}")
+    summary = scores.summary()
+    return {name: summary[name] for name in ("kld_mean", "kld_p99", "top1_agreement", "tokens")}
 
 
 def _add(scores: Scores, wanted: Reader, found: Reader, step: int | None, number: int, row: Encoded) -> None:

@@ -47,6 +47,7 @@ class Request:
         cancel: ends it at the next token.
         on_prefill: told how many tokens of the prompt are read, and how many there are.
         tools: names of the functions whose calls are read from the answer.
+        adapter: the one that is on.
     """
 
     ids: list[int]
@@ -55,6 +56,7 @@ class Request:
     cancel: threading.Event
     on_prefill: OnPrefill | None = None
     tools: tuple[str, ...] = ()
+    adapter: str | None = None
 
     @property
     def names_tokens(self) -> bool:
@@ -152,7 +154,8 @@ class Answer:
     def pieces(self) -> Iterator[Piece]:
         """The stream. The context is kept for the next prompt when it is read to its end or closed."""
         made = _Made(time.perf_counter())
-        context = self._reader.begin(self._request.ids, self._request.limit, self._guide, self._reuse())
+        request = self._request
+        context = self._reader.begin(request.ids, request.limit, self._guide, self._reuse(), request.adapter)
         prompt_logprobs = self._read(context)
         try:
             yield from self._written(context, made)

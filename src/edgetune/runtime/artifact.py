@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _READ_BY_RUNTIME = (
     "genai_config.json",
     "*.onnx",
     "*.data",
+    "*.onnx_adapter",
     "*.model",
     "tokenizer*",
     "chat_template*",
@@ -32,6 +34,8 @@ _READ_BY_RUNTIME = (
     "vocab*",
     "merges*",
 )
+NO_ADAPTER = "none"  # asks for the base
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BAR_FROM_BYTES = 1_000_000_000
 _BLOCK = 4 << 20
 _AGAIN = "copy the artifact again, or export it again (`edgetune run … --from export`)"
@@ -63,6 +67,40 @@ class Artifact:
         """Whether the graph's head computes logits of a call's last position only (the builder's `prune_lm_head`)."""
         target = self.manifest.get("options", {}).get("target", {})
         return str(target.get("options", {}).get("prune_lm_head", "false")).lower() in ("true", "1")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that can be switched on, in the order in which they were exported."""
+        return tuple(self.manifest.get("adapters", ()))
+
+    @property
+    def default_adapter(self) -> str | None:
+        """The adapter that is on where none is named: the only one; None where there are none or several."""
+        return self.adapters[0] if len(self.adapters) == 1 else None
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that `name` asks for, None for the base.
+
+        Args:
+            name: one of `adapters`; `none` for the base; None for `default_adapter`.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        if name is None:
+            return self.default_adapter
+        if name == NO_ADAPTER:
+            return None
+        if name in self.adapters:
+            return name
+        known = f"it has {', '.join(self.adapters)}" if self.adapters else "it carries none"
+        raise InputError(
+            f"{self.name} has no adapter {name!r}: {known}",
+            where="adapter",
+            fix=f"name one of them, or {NO_ADAPTER} for the base"
+            if self.adapters
+            else "leave it out; `export.adapters: separate` exports adapters that can be switched",
+        )
 
     @property
     def prefill_tokens(self) -> int:
@@ -112,6 +150,27 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(folder, manifest, config, golden)
 
 
+def adapter_file(name: str) -> str:
+    """The file of an adapter in an artifact."""
+    return f"{name}.onnx_adapter"
+
+
+def load_adapters(og: Any, model: Any, artifact: Artifact) -> Any:
+    """The adapters of a loaded artifact, in memory: for `Generator.set_active_adapter` by name. None where it has none.
+
+    Args:
+        og: the module `onnxruntime_genai`.
+        model: its model of the artifact.
+        artifact: verified.
+    """
+    if not artifact.adapters:
+        return None
+    found = og.Adapters(model)
+    for name in artifact.adapters:
+        found.load(str(artifact.path / adapter_file(name)), name)
+    return found
+
+
 def _find(path: Path) -> Path:
     if not path.is_dir():
         what = "is a file; an artifact is a folder" if path.exists() else "no such folder"
@@ -155,10 +214,31 @@ def _manifest(folder: Path) -> dict[str, Any]:
             where=folder,
             fix=f"give {folder.parent / 'artifact'}",
         )
+    _check_adapters(found.get("adapters", {}), outputs, where)
     for name in _NEEDED:
         if name not in outputs:
             raise InputError(f"the manifest does not list {name}", where=where, fix=_AGAIN)
     return found
+
+
+def check_adapter_name(name: str, where: str | Path) -> None:
+    """Raise InputError unless an adapter can have this name: on the command line, in a request, as a file's."""
+    if not _ADAPTER_NAME.fullmatch(name) or name.lower() == NO_ADAPTER:
+        why = "asks for no adapter" if name.lower() == NO_ADAPTER else "is no name for an adapter"
+        raise InputError(
+            f"{name!r} {why}",
+            where=where,
+            fix="use up to 100 letters, digits, `.`, `_` and `-`, a letter or a digit first",
+        )
+
+
+def _check_adapters(found: Any, outputs: dict[str, Any], where: Path) -> None:
+    if not isinstance(found, dict):
+        raise InputError("its `adapters` are no names with files", where=where, fix=_AGAIN)
+    for name in found:
+        check_adapter_name(name, where)
+        if adapter_file(name) not in outputs:
+            raise InputError(f"does not list the file of the adapter {name}", where=where, fix=_AGAIN)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError, from_system_error
+from edgetune.runtime.artifact import NO_ADAPTER
 from edgetune.runtime.completion import Completion, Message
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
@@ -20,13 +22,14 @@ from edgetune.runtime.terminal import piped_turns, printable, typed_turns
 
 _HELP = """\
 /system TEXT  set the system prompt; alone it shows it, `/system -` removes it
+/adapter NAME switch to an adapter of the artifact, `none` to its base; alone it lists them
 /reset        start a new conversation; the system prompt stays
 /save FILE    add the conversation to a JSON Lines file, as one row to train on
 /stats        speed, time to first token, how full the context is
 /exit         leave; so does Ctrl-D
 Enter sends. Alt-Enter, a line that ends in \\, or a block in \"\"\" goes on with a new line.
 Ctrl-C stops an answer. A turn that begins with / is sent when it is written with //."""
-_COMMANDS = ("/help", "/system", "/reset", "/save", "/stats", "/exit")
+_COMMANDS = ("/help", "/system", "/adapter", "/reset", "/save", "/stats", "/exit")
 _NEARLY_FULL = 0.8
 _PATIENCE = 3  # Ctrl-C presses during one answer, before they end the program
 
@@ -49,6 +52,8 @@ def run(session: Session, conversation: Conversation, options: GenerationOptions
         return
     chat, what = Chat(session, conversation, options, interactive=True), session.artifact
     chat.notice(f"{printable(what.name)}, {what.size_mb:,.0f} MB, context {what.max_length:,} tokens; /help")
+    if what.adapters:
+        chat.take("/adapter")
     # A Ctrl-C that comes just after an answer has ended, before the next prompt reads keys, does nothing.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
@@ -108,6 +113,8 @@ class Chat:
                 self.notice(_HELP)
             case "/system":
                 self._system(rest)
+            case "/adapter":
+                self._adapter(rest)
             case "/reset":
                 self._conversation.reset()
                 self._last = None
@@ -128,6 +135,14 @@ class Chat:
             self._conversation.system = None if text == "-" else text
         now = self._conversation.system
         self.notice(f"system prompt: {printable(now)}" if now else "no system prompt of yours")
+
+    def _adapter(self, name: str) -> None:
+        found = self._session.artifact
+        if name:
+            found.adapter(name)
+            self._options = replace(self._options, adapter=name)
+        names = ", ".join(found.adapters) or "none, it carries no adapters"
+        self.notice(f"adapter: {found.adapter(self._options.adapter) or NO_ADAPTER}; of {names}")
 
     def _save(self, name: str) -> None:
         if not name:

@@ -53,6 +53,8 @@ class GenerationOptions:
             which rounds otherwise than one by one. `auto`: where `edgetune tune` measured what that costs, and as
             long as it pays; `on`: whenever there is something to guess; `off`: never. See `runtime/speculation.py`.
         exact: the tokens are those of a fresh start, decoded one by one, whatever `reuse` and `speculation` allow.
+        adapter: of an artifact that carries adapters, the one that is on; `none`: the base; None: the artifact's
+            only one, the base where it has several.
 
     Raises:
         InputError: a value is out of range; `where` is the option's name.
@@ -77,6 +79,7 @@ class GenerationOptions:
     reuse: Literal["exact", "fast", "off"] = "exact"
     speculation: Literal["off", "auto", "on"] = "auto"
     exact: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, None)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.artifact import Artifact, load_adapters
 from edgetune.runtime.guidance import Guide, require_guidance
 from edgetune.runtime.native import native
 
@@ -31,7 +31,7 @@ class Context:
 
     Attributes:
         generator: the native one.
-        key: what it was made for, apart from its size: the constraint.
+        key: what it was made for, apart from its size: the constraint and the adapter.
         capacity: tokens that it has room for.
         ids: tokens that it has read.
         whole: how many of them, from the start, were read in whole pieces.
@@ -65,6 +65,8 @@ class Reader:
         self._og, self._model, self._artifact = og, model, artifact
         # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
         self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
+        with native("ONNX Runtime cannot load the adapters", artifact):
+            self._adapters = load_adapters(og, model, artifact)
         self._guidance_works = False
         self._kept: Context | None = None
 
@@ -77,7 +79,7 @@ class Reader:
         if not self.fixed:
             self._kept = context
 
-    def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str) -> Context:
+    def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None) -> Context:
         """A context for a prompt and an answer: a new one, or the kept one, cut back to what begins both.
 
         Args:
@@ -85,13 +87,14 @@ class Reader:
             limit: most tokens of the answer.
             guide: the constraint.
             reuse: see GenerationOptions.
+            adapter: the name of the one that is on.
 
         Raises:
             InputError: the constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
         kept, self._kept = self._kept, None
-        key, need = guide and guide.key, len(ids) + limit
+        key, need = (guide and guide.key, adapter), len(ids) + limit
         if kept is not None and kept.key == key and reuse != "off":
             known = self._known(kept, ids, reuse)
             if kept.capacity >= need and self._rewound(kept, known):
@@ -102,7 +105,11 @@ class Reader:
         capacity = self._artifact.max_length
         if not self.fixed:
             capacity = min(-(-need // _STEP) * _STEP, capacity)
-        return Context(self._generator(capacity, guide), key, capacity)
+        generator = self._generator(capacity, guide)
+        if adapter is not None:
+            with native(FAILED, self._artifact):
+                generator.set_active_adapter(self._adapters, adapter)
+        return Context(generator, key, capacity)
 
     def _rewound(self, kept: Context, known: int) -> bool:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -70,11 +71,22 @@ class Session:
             self._model = self._tokenizer = None
             del self._reader, self._template
 
-    def read(self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> int:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that can be switched on; see `Artifact.adapter` for what is on by default."""
+        return self.artifact.adapters
+
+    def read(
+        self,
+        prompt: str | Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        adapter: str | None = None,
+    ) -> int:
         """Read ahead: a system prompt that conversations will begin with, or an answer that a next turn will follow.
 
         Whole pieces (`Artifact.prefill_tokens`, or the device profile's) are read, and kept for the prompts that follow,
-        as long as these begin with them.
+        as long as these begin with them and have the same adapter on.
 
         Returns:
             How many tokens are known now.
@@ -82,11 +94,11 @@ class Session:
         Raises:
             InputError: as `stream`.
         """
-        request = self._request(prompt, GenerationOptions(), None, tools, None)
+        request = self._request(prompt, GenerationOptions(adapter=adapter), None, tools, None)
         with self._lock:
             self._open()
             whole = len(request.ids) // self._reader.piece * self._reader.piece
-            context = self._reader.begin(request.ids, request.limit, None, request.options.reuse)
+            context = self._reader.begin(request.ids, request.limit, None, request.options.reuse, request.adapter)
             self._reader.read(context, request.ids[:whole], request.cancel)
             self._reader.keep(context)
         return len(context.ids)
@@ -128,6 +140,7 @@ class Session:
         *,
         tools: Sequence[dict[str, Any]] = (),
         on_prefill: OnPrefill | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Piece]:
         """Generate an answer, a piece a token.
 
@@ -142,13 +155,17 @@ class Session:
             tools: functions that the model may call, as OpenAI's API describes them; what it calls is in
                 `Completion.tool_calls`. With a string as prompt they only say which calls are looked for.
             on_prefill: called with the number of tokens of the prompt that are read, and of all, after each piece.
+            adapter: in place of the options' adapter.
 
         Raises:
-            InputError: the prompt is empty or leaves no room in the context, a token id is none of the model's, or the
-                constraint cannot be followed.
+            InputError: there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none
+                of the model's, or the constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
-        return self._stream(self._request(prompt, options or GenerationOptions(), cancel, tools, on_prefill))
+        options = options or GenerationOptions()
+        if adapter is not None:
+            options = replace(options, adapter=adapter)
+        return self._stream(self._request(prompt, options, cancel, tools, on_prefill))
 
     def generate(
         self,
@@ -158,10 +175,11 @@ class Session:
         *,
         tools: Sequence[dict[str, Any]] = (),
         on_prefill: OnPrefill | None = None,
+        adapter: str | None = None,
     ) -> Completion:
         """The whole answer; arguments and errors are those of `stream`."""
         found = None
-        for piece in self.stream(prompt, options, cancel, tools=tools, on_prefill=on_prefill):
+        for piece in self.stream(prompt, options, cancel, tools=tools, on_prefill=on_prefill, adapter=adapter):
             found = piece.completion
         assert found is not None
         return found
@@ -175,6 +193,7 @@ class Session:
         on_prefill: OnPrefill | None,
     ) -> Request:
         """What is asked for, checked. Raises InputError."""
+        adapter = self.artifact.adapter(options.adapter)
         ids = self.encode(prompt if isinstance(prompt, str) else self.render(prompt, tools))
         if not ids:
             raise InputError("the prompt is empty", fix="give some text")
@@ -190,7 +209,7 @@ class Session:
             raise InputError(f"the model has {size:,} tokens, none with id {unknown}", where="logit_bias")
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        return Request(ids, limit, options, cancel or threading.Event(), on_prefill, names)
+        return Request(ids, limit, options, cancel or threading.Event(), on_prefill, names, adapter)
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         while not self._lock.acquire(timeout=_WAIT_S):

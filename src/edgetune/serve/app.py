@@ -8,7 +8,8 @@ import json
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgetune.progress import say
+from edgetune.runtime.artifact import NO_ADAPTER
 from edgetune.serve.error import ApiError
 from edgetune.serve.reply import Reply, model_object
 from edgetune.serve.schema import ChatRequest
@@ -38,7 +40,7 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
 
     Args:
         session: the loaded artifact.
-        name: the model's name, which requests must give.
+        name: the model's name, which requests must give; `NAME:ADAPTER` asks for an adapter of the artifact's.
         queue: how many requests may wait while one is answered.
 
     Returns:
@@ -48,6 +50,7 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
     app = FastAPI(title="edgetune", docs_url=None, redoc_url=None, openapi_url=None)
     worker = app.state.worker = Worker(session, queue)
     created = int(time.time())
+    models = models_of(session.adapters, name)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -55,22 +58,22 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
         return {"status": "ok", "model": name, "running": running, "waiting": waiting}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_object(name, created)]}
+    async def all_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(each, created, name) for each in models]}
 
     @app.get("/v1/models/{model:path}")
     async def one_model(model: str) -> dict[str, Any]:
-        _check_model(model, name)
-        return model_object(name, created)
+        _check_model(model, models)
+        return model_object(model, created, name)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = ChatRequest.parse(await _read_body(request))
-        _check_model(asked.model, name)
-        answer = request.state.answer = _submit(worker, asked)
+        _check_model(asked.model, models)
+        answer = request.state.answer = _submit(worker, asked, models[asked.model])
         if asked.stream:
-            return await _streamed(request, answer, asked, name)
-        return await _whole(request, answer, asked, name)
+            return await _streamed(request, answer, asked)
+        return await _whole(request, answer, asked)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
@@ -104,11 +107,19 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
     return app
 
 
-def _check_model(asked: str, name: str) -> None:
-    if asked != name:
+def models_of(adapters: Sequence[str], name: str) -> dict[str, str | None]:
+    """The models that an artifact stands for, and the adapter of each: itself, and with each adapter and none of them."""
+    if not adapters:
+        return {name: None}
+    return {name: None, **{f"{name}:{adapter}": adapter for adapter in (*adapters, NO_ADAPTER)}}
+
+
+def _check_model(asked: str, models: Mapping[str, str | None]) -> None:
+    if asked not in models:
+        known = ", ".join(repr(name) for name in models)
         raise ApiError(
             404,
-            f"The model {asked!r} does not exist here; this service has {name!r}.",
+            f"The model {asked!r} does not exist here; this service has {known}.",
             param="model",
             code="model_not_found",
         )
@@ -131,8 +142,9 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _submit(worker: Worker, asked: ChatRequest) -> Answer:
-    messages, tools, options = asked.conversation(), asked.functions(), asked.options()
+def _submit(worker: Worker, asked: ChatRequest, adapter: str | None) -> Answer:
+    messages, tools = asked.conversation(), asked.functions()
+    options = replace(asked.options(), adapter=adapter)
     try:
         return worker.submit(messages, options, tools)
     except QueueFull as full:
@@ -163,19 +175,19 @@ async def _given_up_on_disconnect(request: Request, answer: Answer) -> AsyncIter
         watching.cancel()
 
 
-async def _whole(request: Request, answer: Answer, asked: ChatRequest, name: str) -> Response:
+async def _whole(request: Request, answer: Answer, asked: ChatRequest) -> Response:
     async with _given_up_on_disconnect(request, answer):
         text = "".join([piece.text async for piece in answer])
-    reply = Reply(name, one_call=asked.parallel_tool_calls is False)
+    reply = Reply(asked.model, one_call=asked.parallel_tool_calls is False)
     return JSONResponse(reply.whole(text, answer.result()))
 
 
-async def _streamed(request: Request, answer: Answer, asked: ChatRequest, name: str) -> Response:
+async def _streamed(request: Request, answer: Answer, asked: ChatRequest) -> Response:
     pieces = aiter(answer)
     async with _given_up_on_disconnect(request, answer):
         first = await anext(pieces, None)  # what fails before the first word still gets a status of its own
     include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    reply = Reply(name, include_usage, one_call=asked.parallel_tool_calls is False)
+    reply = Reply(asked.model, include_usage, one_call=asked.parallel_tool_calls is False)
     return _EventStream(answer, _events(answer, first, pieces, reply, include_usage))
 
 

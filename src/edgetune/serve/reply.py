@@ -103,6 +103,7 @@ def _ranked(entry: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """An entry of `/v1/models`."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "edgetune"}
+def model_object(model: str, created: int, name: str) -> dict[str, Any]:
+    """An entry of `/v1/models`; that of an adapter names the artifact `name` as its parent, as vLLM does."""
+    parent = {} if model == name else {"parent": name}
+    return {"id": model, "object": "model", "created": created, "owned_by": "edgetune", **parent}

@@ -203,7 +203,7 @@ def _chosen_base(
     losses: dict[str, float] = {}
     for which in (other, section.onto) if validation else (section.onto,):  # one after the other, for the memory's sake
         if which == "trained":
-            model = _four_bit_base(base, adapter, rows, section.tolerance, trust_remote_code, told)
+            model = four_bit_base(base, adapter, rows, section.tolerance, trust_remote_code, told)
         else:
             model = load_model(base.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         if validation:
@@ -219,7 +219,7 @@ def _chosen_base(
     return model
 
 
-def _four_bit_base(
+def four_bit_base(
     base: Base,
     adapter: Path,
     rows: Sequence[Sequence[int]],
@@ -227,7 +227,10 @@ def _four_bit_base(
     trust_remote_code: bool,
     told: dict[str, Any],
 ) -> Any:
-    """The 4-bit weights that were trained against, made again, as float32; compared with the 4-bit layers themselves."""
+    """The 4-bit weights that a qlora adapter was trained against, made again, as a float32 model.
+
+    On `rows` they are compared with the 4-bit layers themselves; warnings and what was measured go into `told`.
+    """
     import torch
 
     was = _quantization(adapter)

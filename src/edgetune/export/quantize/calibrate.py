@@ -17,7 +17,7 @@ from edgetune.export.quantize.gptq import Factor, factor, gptq
 from edgetune.export.quantize.grid import BLOCK_SIZES, Grid, Quantized
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, parts_of
 from edgetune.export.quantize.rtn import least_error, min_max
-from edgetune.export.quantize.smooth import Group, smooth
+from edgetune.export.quantize.smooth import Folded, Group, smooth
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def quantize_model(
     *,
     keep_float: KeepFloat = lambda _, __: None,
     layer_done: Callable[[], None] = lambda: None,
+    folded: Folded | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Quantize the embedding, every matrix of every decoder layer, and the head.
@@ -51,6 +52,7 @@ def quantize_model(
         keep: takes each matrix, by its full name, as soon as it is done. Tied embeddings come once, as `lm_head`.
         keep_float: takes each other weight that is not the merged model's any more, float32: norms that were smoothed.
         layer_done: called after the embedding and after each layer: what was kept can be written.
+        folded: takes what smoothing divided by.
 
     Returns:
         The matrices that the plan wants computed with int8 activations and that were given `Plan.spare` instead, and the
@@ -76,7 +78,7 @@ def quantize_model(
         bar.advance(1)
         for number, layer in enumerate(layers):
             weights.fill(layer, f"{prefix}.{number}")
-            job = Layer(layer, f"{prefix}.{number}", number, plan, states, model.config)
+            job = Layer(layer, f"{prefix}.{number}", number, plan, states, model.config, folded)
             spared |= job.quantize(keep, keep_float)
             empty(layer)
             layer_done()
@@ -168,11 +170,20 @@ def _recorder(states: States) -> Callable[..., torch.Tensor]:
 class Layer:
     """One decoder layer, its weights in memory."""
 
-    def __init__(self, layer: Any, name: str, number: int, plan: Plan, states: States, config: Any) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        name: str,
+        number: int,
+        plan: Plan,
+        states: States,
+        config: Any,
+        folded: Folded | None = None,
+    ) -> None:
         import torch
 
         self._layer, self._name, self._number, self._states, self._config = layer, name, number, states, config
-        self._plan = plan
+        self._plan, self._folded = plan, folded
         self._given: dict[str, Grid] = {}  # in place of the plan's
         self._linears = {path: found for path, found in layer.named_modules() if isinstance(found, torch.nn.Linear)}
 
@@ -232,6 +243,10 @@ class Layer:
         error, scales = smooth(self._layer, group)
         group.inputs = []
         if scales is not None and group.maker is not None:
+            if self._folded is not None:
+                self._folded.columns |= dict.fromkeys(names, scales)
+                if group.maker in self._linears:
+                    self._folded.rows[self.parts(group.maker)[-1][0]] = scales
             maker = self._layer.get_submodule(group.maker)
             for last, tensor in maker.named_parameters(recurse=False):
                 if last == "bias" or tensor.dim() == 1:

@@ -39,6 +39,19 @@ class Group:
     inputs: list[torch.Tensor] = field(default_factory=list)
 
 
+@dataclass
+class Folded:
+    """What smoothing changed of the matrices' inputs and outputs, for what is computed beside them (adapters).
+
+    Attributes:
+        columns: by a matrix's full name, what its inputs were divided by (columns,).
+        rows: by a matrix's full name, what its last outputs were divided by (rows,).
+    """
+
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 def round_inputs(inputs: torch.Tensor) -> torch.Tensor:
     """A tensor as `DynamicQuantizeLinear` rounds it: 8 bits, one scale and one zero point, zero within the range."""
     low, high = float(inputs.min().clamp(max=0)), float(inputs.max().clamp(min=0))

@@ -41,18 +41,18 @@ def compare(
     if other.is_file():
         before = read_report(other)
         _same_work(before, other)
-        report = measured([_job(artifact, section, options)], section, options)[0]
+        report = measured([_job(artifact, section, options, options.adapter)], section, options)[0]
     else:
-        jobs = [_job(path, section, options) for path in (artifact, other)]
+        jobs = [_job(path, section, options, on) for path, on in ((artifact, options.adapter), (other, None))]
         report, before = measured(jobs, section, options)
     report["comparison"] = against(report, before, interleaved=not other.is_file())
     write(report, out)
     return report
 
 
-def _job(path: Path, section: BenchSection, options: BenchOptions) -> Job:
+def _job(path: Path, section: BenchSection, options: BenchOptions, adapter: str | None) -> Job:
     threads = options.threads[0] if options.threads else section.threads
-    return Job(path, threads, options.provider, use_profile=options.use_profile)
+    return Job(path, threads, options.provider, use_profile=options.use_profile, adapter=adapter)
 
 
 def _same_work(before: dict[str, Any], where: Path) -> None:

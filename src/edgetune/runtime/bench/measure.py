@@ -46,13 +46,14 @@ def bench(
         The report, as `schema.json` describes it. Times in ms or s, sizes in MB (10^6 bytes).
 
     Raises:
-        InputError: no sound artifact, a missing provider, or work that does not fit into its context.
+        InputError: no sound artifact, no such adapter, a missing provider, or work that does not fit into its context.
         EdgetuneError: the measuring process died.
     """
     writable(out, artifact)
     options = options or BenchOptions(loads=0)
     counts = options.threads or (section.threads,)
-    jobs = [Job(artifact, threads, options.provider, use_profile=options.use_profile) for threads in counts]
+    how: dict[str, Any] = {"use_profile": options.use_profile, "adapter": options.adapter}
+    jobs = [Job(artifact, threads, options.provider, **how) for threads in counts]
     reports = measured(jobs, section, options)
     report = max(reports, key=_speed)
     if len(reports) > 1:
@@ -104,7 +105,7 @@ def _report(run: Run, section: BenchSection, around: dict[str, Any]) -> dict[str
     report = {
         "format": FORMAT,
         "artifact": facts["artifact"],
-        "target": {"kind": "artifact", "provider": facts["provider"]},
+        "target": {"kind": "artifact", "provider": facts["provider"], "adapter": facts["adapter"]},
         "files": facts["files"],
         "size_mb": round(folder_size(folder) / 1e6, 2),
         "verify_s": facts["verify_s"],

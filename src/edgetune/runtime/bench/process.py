@@ -35,6 +35,7 @@ class Job:
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did and `threads`
             is None.
         huge_pages: as `profile.Settings`, for the bare generator.
+        adapter: the one that is on; see `Artifact.adapter`.
     """
 
     artifact: Path
@@ -45,6 +46,7 @@ class Job:
     prefill_tokens: int | None = None
     use_profile: bool = True
     huge_pages: bool = True
+    adapter: str | None = None
 
 
 class Worker:

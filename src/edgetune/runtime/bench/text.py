@@ -32,7 +32,9 @@ def _head(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         threads = f"{report['threads']} thread{'s' * (report['threads'] != 1)}"
         provider = report["target"]["provider"]
         where = "" if provider == "cpu" else f", {provider}"
-        yield "artifact", f"{report['artifact']}, {report['size_mb']:,.1f} MB"
+        adapter = report["target"].get("adapter")
+        on = f", adapter {adapter}" if adapter else ""
+        yield "artifact", f"{report['artifact']}{on}, {report['size_mb']:,.1f} MB"
         yield "measured on", f"{cpu['model']}, {cpu['usable_cores']} cores, {threads}{where}"
     lengths = ""
     if len(report["workloads"]) == 1:

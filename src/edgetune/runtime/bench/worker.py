@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError, from_system_error
+from edgetune.runtime.artifact import NO_ADAPTER, load_adapters
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.workloads import Workload
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
@@ -71,11 +72,11 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         job: the fields of `process.Job`.
 
     Returns:
-        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `threads`,
-        `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
+        What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `adapter`,
+        `threads`, `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
 
     Raises:
-        InputError: no sound artifact, or a provider that is missing.
+        InputError: no sound artifact, no such adapter, or a provider that is missing.
         EdgetuneError: ONNX Runtime cannot load it.
     """
     from edgetune.runtime.artifact import open_artifact
@@ -84,6 +85,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     artifact = open_artifact(Path(job["artifact"]))
     verify_s = time.perf_counter() - start
     provider = job["provider"] or named(artifact.config)
+    adapter = artifact.adapter(job["adapter"])
     if provider != "cpu" and provider not in PROVIDERS:
         raise InputError(
             f"there is no provider {provider!r}", where="provider", fix=f"take cpu, {', '.join(PROVIDERS)}"
@@ -94,7 +96,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     chosen = settings_for(artifact, job["threads"], job["use_profile"]) if own else plain
     engine: Drawn | Asked
     if job["session"]:
-        engine = Asked(artifact, provider, job["threads"], job["use_profile"])
+        engine = Asked(artifact, provider, adapter, job["threads"], job["use_profile"])
     else:
         used = replace(
             chosen,
@@ -102,7 +104,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
             prefill_tokens=job["prefill_tokens"] or chosen.prefill_tokens,
             huge_pages=job["huge_pages"] and chosen.huge_pages,
         )
-        engine = Drawn(artifact, provider, used)
+        engine = Drawn(artifact, provider, adapter, used)
     load_s = time.perf_counter() - start
     return engine, {
         "artifact": artifact.name,
@@ -111,6 +113,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         "graph": artifact.config["model"]["decoder"].get("filename"),
         "folder": str(artifact.path),
         "provider": provider,
+        "adapter": adapter,
         "threads": chosen.overlay()["intra_op_num_threads"],
         "device_profile": None if chosen == plain else asdict(chosen),
         "verify_s": round(verify_s, 3),
@@ -122,12 +125,14 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
 class Drawn:
     """Drawn prompts on the bare generator: what the model takes, without chat template, stops and text."""
 
-    def __init__(self, artifact: Artifact, provider: str, settings: Settings) -> None:
+    def __init__(self, artifact: Artifact, provider: str, adapter: str | None, settings: Settings) -> None:
         from edgetune.runtime.model import load_model
 
-        self._artifact, self._size = artifact, settings.prefill_tokens or artifact.prefill_tokens
+        self._artifact, self._adapter = artifact, adapter
+        self._size = settings.prefill_tokens or artifact.prefill_tokens
         loaded = load_model(artifact, settings, provider)
         self._og, self._model, self._tokenizer = loaded.og, loaded.model, loaded.tokenizer
+        self._adapters = load_adapters(self._og, self._model, artifact)
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
         """Draw the prompts of all rounds, warm-ups first. Returns how many rounds there are."""
@@ -151,7 +156,7 @@ class Drawn:
             self._tokenizer.encode(text)
         tokenization = time.perf_counter() - start
         start = time.perf_counter()
-        generator = self._og.Generator(self._model, self._params)
+        generator = self._generator(self._params)
         if work.depth or not work.prompt:
             self._feed(generator, [ids[: work.depth or 1] for _, ids in rows])
             start = time.perf_counter()
@@ -184,6 +189,12 @@ class Drawn:
             }
         ]
 
+    def _generator(self, params: Any) -> Any:
+        found = self._og.Generator(self._model, params)
+        if self._adapter is not None:
+            found.set_active_adapter(self._adapters, self._adapter)
+        return found
+
     def _feed(self, generator: Any, rows: list[list[int]]) -> None:
         """Read tokens, so many in a call as a session reads; a batch must be read in one."""
         if len(rows) > 1:
@@ -208,7 +219,7 @@ class Drawn:
         ids, new = self._rounds[number][0][1], self._work.new
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=len(ids) + new + max(counts), do_sample=False)
-        generator = self._og.Generator(self._model, params)
+        generator = self._generator(params)
         self._feed(generator, [ids])
         read = row_reader(generator, self._artifact)
         if read is None:
@@ -244,7 +255,9 @@ class Drawn:
 class Asked:
     """Conversations through a session, as `chat` and `serve` have them: template, stops and caches included."""
 
-    def __init__(self, artifact: Artifact, provider: str, threads: int | None, use_profile: bool) -> None:
+    def __init__(
+        self, artifact: Artifact, provider: str, adapter: str | None, threads: int | None, use_profile: bool
+    ) -> None:
         from edgetune.runtime.session import Session
 
         if provider not in ("cpu", named(artifact.config)):
@@ -254,6 +267,7 @@ class Asked:
                 fix="measure ppN and tgN on it, or export the artifact for it",
             )
         self._session = Session(artifact, threads, use_profile=use_profile, on_cpu=provider == "cpu")
+        self._adapter = adapter or NO_ADAPTER
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
         """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
@@ -297,7 +311,7 @@ class Asked:
 
         session = self._session
         ids = session.encode(prompt if isinstance(prompt, str) else session.render(prompt))
-        options = GenerationOptions(max_tokens=self._work.new, temperature=0)
+        options = GenerationOptions(max_tokens=self._work.new, temperature=0, adapter=self._adapter)
         start = time.perf_counter()
         stream = session.stream(prompt, options)  # renders and encodes at once
         begun = time.perf_counter()
