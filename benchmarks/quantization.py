@@ -1,6 +1,9 @@
 """Compare edgetune's quantization with every option of ONNX Runtime GenAI's model builder that loads.
 
     python benchmarks/quantization.py MERGED --train TRAIN --validation VALIDATION [--work FOLDER] [--rounds 3]
+    python benchmarks/quantization.py ../shared/models/stories15M-phi3 [--work FOLDER] [--rounds 3]
+
+Without files of rows the model writes its own (`own_samples.py`); without the model's folder nothing is done.
 
 Each artifact is made in a process of its own, whose memory (its own and that of the builder, added up, every tenth of a
 second) is watched; compared with the merged model on the held-out rows by `edgetune verify`; then measured by `edgetune
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -20,7 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import own_samples
 import yaml
+
+from edgetune.models import context_length
+from edgetune.models.check import check_safetensors, weight_files
 
 BUILDER: dict[str, tuple[str, dict[str, Any]]] = {
     "builder int4": ("int4", {}),
@@ -58,6 +66,7 @@ OURS: dict[str, tuple[Any, int]] = {  # a target's name or its quantization, and
 }
 COLUMNS = (
     ("size_mb", "MB", "{:.1f}"),
+    ("bits", "bits a weight", "{:.2f}"),
     ("kld_mean", "KL mean", "{:.4f}"),
     ("kld_p99", "KL p99", "{:.3f}"),
     ("top1", "top-1", "{:.1%}"),
@@ -107,7 +116,14 @@ def make(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         told = [line for line in lines if "Error:" in line] or lines[-1:]
         return {"name": name, "failed": told[-1].strip()[:200]}
     size = sum(path.stat().st_size for path in (folder / "artifact").iterdir()) / 1e6
-    return {"name": name, "size_mb": size, "export_s": time.monotonic() - started, "export_mb": peak}
+    bits = 8 * (folder / "artifact" / "model.onnx.data").stat().st_size / _parameters(Path(job["merged"]))
+    return {"name": name, "size_mb": size, "bits": bits, "export_s": time.monotonic() - started, "export_mb": peak}
+
+
+def _parameters(model: Path) -> int:
+    """Numbers in a model's weights."""
+    shapes = (one["shape"] for file in weight_files(model) for one in check_safetensors(file).values())
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _edgetune(*words: str) -> dict[str, Any]:
@@ -126,13 +142,23 @@ def judge(point: dict[str, Any], artifact: Path, args: argparse.Namespace) -> No
     point |= {"top1": found["top1_agreement"], "perplexity_ratio": found["perplexity"]["ratio"]}
 
 
-def time_all(points: list[dict[str, Any]], work: Path, rounds: int) -> None:
-    """Measure speed and memory, all artifacts in turn."""
+def time_all(points: list[dict[str, Any]], work: Path, rounds: int, context: int) -> None:
+    """Measure speed and memory, all artifacts in turn: 256 + 128 tokens, or what fits the context."""
+    prompt = min(256, context * 2 // 3 - 8)
     samples: dict[str, list[dict[str, Any]]] = {point["name"]: [] for point in points}
     for _ in range(rounds):
         for point in points:
             artifact = work / _slug(point["name"]) / "artifact"
-            lengths = ["--prompt-tokens", "256", "--new-tokens", "128", "--warmup", "1", "--repetitions", "3"]
+            lengths = [
+                "--prompt-tokens",
+                str(prompt),
+                "--new-tokens",
+                str(prompt // 2),
+                "--warmup",
+                "1",
+                "--repetitions",
+                "3",
+            ]
             samples[point["name"]].append(_edgetune("bench", str(artifact), *lengths))
     for point in points:
         own = samples[point["name"]]
@@ -185,14 +211,21 @@ def main() -> None:
     """Make, judge and time each artifact; what lies there from before is not done again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("merged", type=Path)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--validation", type=Path)
     parser.add_argument("--work", type=Path, default=Path("quantization"))
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--no-speed", action="store_true")
     args = parser.parse_args()
+    if not args.merged.is_dir():
+        print(f"skipped: there is no {args.merged}")
+        return
+    if not (args.train and args.validation):
+        args.train, args.validation = args.work / "rows/train.jsonl", args.work / "rows/validation.jsonl"
+        if not args.validation.is_file():
+            own_samples.write(args.merged, args.work / "rows")
     points = []
     for name, (what, more) in {**BUILDER, **OURS}.items():
         if args.only not in name:
@@ -222,7 +255,9 @@ def main() -> None:
         points.append(json.loads(kept.read_text(encoding="utf-8")))
         print(table(points[-1:]).splitlines()[-1], flush=True)
     if not args.no_speed:
-        time_all([point for point in points if "failed" not in point], args.work, args.rounds)
+        time_all(
+            [point for point in points if "failed" not in point], args.work, args.rounds, context_length(args.merged)
+        )
     (args.work / "points.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
     (args.work / "table.md").write_text(table(points), encoding="utf-8")
     plot([point for point in points if "failed" not in point], args.work / "plot.png")

@@ -7,7 +7,6 @@ were fitted on SmolLM2-135M on two AVX-512 cores. `benchmarks/README.md` says ho
 from __future__ import annotations
 
 import gc
-import json
 import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -143,20 +142,15 @@ def _calibration(section: str, path: Any, row: int, tokens: int, trust_remote_co
 
 
 def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int, forward_s: float) -> Estimates:
-    from edgetune.export.decoder import BYTES_A_WEIGHT
-    from edgetune.export.targets import load_target
+    from edgetune.export.needs import needs
+    from edgetune.export.targets import target_of
     from edgetune.runtime.hardware import bandwidth_gb_s
 
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
-    embedding = config.get("vocab_size", 32000) * config.get("hidden_size", 1024)
     weights_mb = 4 * parameters / 1e6
     load_s = _IMPORT_S + weights_mb / _LOAD_MB_S
     runtime_mb = psutil.Process().memory_info().rss / 1e6
-    precision = load_target(recipe.export.target).precision
-    whole = 4 * embedding / parameters if precision == "int8" else 0.0  # the builder leaves the embedding in floats
-    bytes_a_weight = BYTES_A_WEIGHT[precision] + whole
-    artifact_mb = bytes_a_weight * parameters / 1e6
+    export = needs(base.path, target_of(recipe.export), steps=recipe.export.heal.steps)
+    artifact_mb = export.size / 1e6
     compared = min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1))
     compared += 8 * 8 * recipe.verify.golden_tokens
     decode_s = artifact_mb / 1e3 / bandwidth_gb_s() * 2 + 0.002
@@ -165,7 +159,7 @@ def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int,
     return {
         "data": {"seconds": _IMPORT_S + both / 3e5, "memory_mb": runtime_mb, "disk_mb": both * _BYTES_A_TOKEN / 1e6},
         "merge": {"seconds": 2 * load_s, "memory_mb": runtime_mb + 2 * weights_mb, "disk_mb": weights_mb},
-        "export": {"seconds": 2 * load_s, "memory_mb": runtime_mb + 2.6 * weights_mb, "disk_mb": artifact_mb},
+        "export": {"seconds": export.seconds, "memory_mb": export.memory / 1e6, "disk_mb": export.disk / 1e6},
         "verify": {
             "seconds": load_s + 6 * forward_s * compared,
             "memory_mb": runtime_mb + weights_mb + 1.5 * artifact_mb,

@@ -83,6 +83,8 @@ class Pipeline:
         self._resume = resume and not force
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
+            if "export" in wanted:
+                self._require_room()
             for stage in wanted:
                 if stage in ("verify", "bench") and left_out(stage, self.recipe, result.reports["export"]):
                     break
@@ -120,6 +122,17 @@ class Pipeline:
                 result.missed = gate_error(result.reports["verify"], self.folder.output("export"))
             self._card(result)
         return result
+
+    def _require_room(self) -> None:
+        """Refuse a run that would train first and then have no memory or disk for the export (InputError)."""
+        from edgetune.export.needs import needs, require_room
+        from edgetune.export.targets import target_of
+        from edgetune.runtime.hardware import total_memory
+
+        if any(self.folder.stale(self.work(stage)) for stage in ("data", "train")):
+            export = self.recipe.export
+            found = needs(self.base().path, target_of(export), steps=export.heal.steps)
+            require_room(found, self.folder.path, memory=total_memory(), before=4 * found.parameters)
 
     @contextlib.contextmanager
     def _no_empty_run(self) -> Iterator[None]:

@@ -14,6 +14,9 @@ from conftest import edgetune, write_jsonl
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.verify import failures
 from edgetune.recipe import ExportSection, Limits
+from edgetune.runtime.artifact import open_artifact
+from edgetune.runtime.options import GenerationOptions
+from edgetune.runtime.session import Session
 from edgetune.standalone import export_model, verify_artifact
 
 
@@ -138,6 +141,23 @@ def test_each_limit_is_looked_at(changes: dict[str, Any], expected: list[str]) -
     good = {"kld_mean": 0.01, "kld_p99": 0.1, "top1_agreement": 0.97, "perplexity": {"ratio": 1.0}}
     found = failures({**good, **changes}, Limits())
     assert [text.split()[0] for text in found] == expected
+
+
+def test_a_window_of_attention_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    """A float32 export compares its tokens with the model's, over prompts longer than the window."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = Phi3Config(vocab_size=384, sliding_window=16, initializer_range=0.2, **sizes, **ids)
+    Phi3ForCausalLM(config).save_pretrained(model)
+    export_model(model, tmp_path / "out", ExportSection(target="cpu-fp32", max_length=128))
+    with Session(open_artifact(tmp_path / "out")) as session:
+        answer = session.generate("Hello", GenerationOptions(max_tokens=100))
+    assert answer.completion_tokens == 100 or answer.finish_reason == "stop"
 
 
 def test_what_cannot_be_exported(tiny_model: Path, tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def test_greedy_repeats_itself(session: Session, tiny_artifact: Path) -> None:  
     assert first.decode_tokens_per_s is not None and first.decode_tokens_per_s > 0
 
 
+def test_max_tokens_where_the_cache_has_a_fixed_size(copy: Path) -> None:
+    """ONNX Runtime GenAI would go on until the cache is full."""
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["sliding_window"] = {"window_size": 2047, "slide_key_value_cache": False, "layers": []}
+    edit_json(copy / "genai_config.json", **config)
+    seal(copy)
+    with runtime.load(copy) as session:
+        answer = session.generate("Hello", GenerationOptions(max_tokens=5))
+    assert (answer.completion_tokens, answer.finish_reason) == (5, "length")
+
+
 def test_same_as_the_trained_model(session: Session, tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

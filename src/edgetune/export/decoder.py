@@ -19,16 +19,17 @@ from edgetune.export.adapters.graph import add_branches, write_adapter
 from edgetune.export.adapters.read import Adapter
 from edgetune.export.contract import write_contract
 from edgetune.export.kv_cache import write_scales
+from edgetune.export.needs import needs, require_room
 from edgetune.export.qdq import to_static
 from edgetune.export.quantize.smooth import Folded
 from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
+from edgetune.export.source_check import check_source
 from edgetune.export.targets import Target, require_fit
-from edgetune.files import TMP_PREFIX, require_space, write_json, write_text
+from edgetune.export.window import write_windows
+from edgetune.files import TMP_PREFIX, write_json, write_text
 from edgetune.models import context_length, stop_ids
 from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.providers import PROVIDERS
-
-BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}
 
 
 def export_decoder(
@@ -64,9 +65,10 @@ def export_decoder(
         EdgetuneError: the builder failed; its log is kept and named.
     """
     require_fit(target, merged)
-    weights = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    bytes_in = _bytes_a_parameter(merged)
-    require_space(artifact, int(weights / bytes_in * (BYTES_A_WEIGHT[target.precision] + 1)) + 50_000_000, "the export")
+    told = needs(merged, target, steps=examples.heal.steps if examples.heal else 0)
+    require_room(told, artifact)
+    check_source(merged, trust_remote_code=trust_remote_code)
+    progress.say(f"export: about {progress.clock(told.seconds)} and {told.memory / 1e6:,.0f} MB of memory")
     started = time.monotonic()
     context = context_length(merged)
     limit = min(max_length, context)
@@ -85,9 +87,12 @@ def export_decoder(
         peak = _build(merged, target, artifact, log, trust_remote_code)
     if adapters:
         more["adapters"] = _put_adapters(merged, artifact, adapters, folded, trust_remote_code)
-    if target.static:
-        more["static"] = to_static(artifact, target.static, limit, [row.ids for row in examples.rows])
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    write_windows(artifact, merged, config, trust_remote_code=trust_remote_code)
+    if target.static:
+        write_json(artifact / "genai_config.json", config)
+        more["static"] = to_static(artifact, target.static, limit, [row.ids for row in examples.rows])
+        config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     ids = stop_ids(merged)
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     _name_provider(config, target)
@@ -175,11 +180,6 @@ def _name_provider(config: dict[str, Any], target: Target) -> None:
         session["provider_options"] = [{PROVIDERS[target.provider].genai: options}]
     if target.provider != "cpu" and not PROVIDERS[target.provider].shares_cache:
         config["search"]["past_present_share_buffer"] = False
-
-
-def _bytes_a_parameter(merged: Path) -> float:
-    dtype = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32"
-    return 4.0 if dtype == "float32" else 2.0
 
 
 def _build(merged: Path, target: Target, artifact: Path, log: Path, trust_remote_code: bool) -> float:

@@ -101,6 +101,7 @@ def verify(
         for prompt in golden:
             answers.append(_greedy(wanted, found, prompt, section.golden_tokens, tokenizer, set(ends(merged))))
             bar.advance(1)
+        device = _device(artifact, found, provider)
         del found, wanted
     result = scores.summary()
     texts = Tokens(tokenizer, ends(merged))
@@ -117,7 +118,7 @@ def verify(
             name: "onnx" if is_graph(p) else "weights" for name, p in (("merged", merged), ("artifact", artifact))
         },
         "precision": _precision(artifact),
-        "device": _device(artifact, found, provider),
+        "device": device,
         "golden": answers,
         "limits": section.limits.model_dump(),
         "seconds": round(time.monotonic() - started, 1),

@@ -57,7 +57,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
     _not_something_else(folder)
     _links(folder)
     config = _config(folder)
-    for shard in _weights(folder):
+    for shard in weight_files(folder):
         check_safetensors(shard)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise Incomplete(
@@ -147,7 +147,7 @@ def _object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers will load."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -197,8 +197,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def check_safetensors(file: Path) -> None:
-    """Check a safetensors file's header, and that the file is as long as it says. Raises InputError."""
+def check_safetensors(file: Path) -> dict[str, Any]:
+    """Check a safetensors file's header, and that the file is as long as it says. Raises InputError.
+
+    Returns:
+        What the header says of each tensor: `dtype`, `shape`, `data_offsets`.
+    """
     size = file.stat().st_size
     with file.open("rb") as handle:
         start = handle.read(8)
@@ -224,6 +228,7 @@ def check_safetensors(file: Path) -> None:
             where=file,
             fix="download or copy it again",
         )
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _truncated(file: Path, size: int, promised: int) -> InputError:

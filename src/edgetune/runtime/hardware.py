@@ -288,6 +288,16 @@ def _usable_cores(logical: int) -> float:
     return int(cores) if cores == int(cores) else round(cores, 2)
 
 
+def available_memory() -> int:
+    """Bytes of memory that programs can still take, container limits taken into account."""
+    return _memory()[1]
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this program runs in."""
+    return _memory()[0]
+
+
 def _memory() -> tuple[int, int]:
     """Bytes of memory in all, and available, container limits taken into account."""
     import psutil

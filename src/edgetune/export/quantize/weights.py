@@ -47,6 +47,10 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def shape(self, name: str) -> list[int]:
+        """One tensor's shape; the tensor is not read."""
+        return list(self._files[name].get_slice(name).get_shape())
+
     def get(self, name: str) -> torch.Tensor:
         """One tensor, float32. Raises InputError when the model lacks it or it holds NaN or infinity."""
         if name not in self._files:
