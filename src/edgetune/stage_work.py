@@ -39,7 +39,7 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
         options = recipe.data.model_dump(exclude={"train", "validation"})
         if not isinstance(recipe.data.validation, str):
             options["validation"] = recipe.data.validation.model_dump()
-        inputs = {
+        inputs: dict[str, Any] = {
             "train rows": [file_hash(folder, path) for path in train_files(recipe.data)],
             "validation rows": [file_hash(folder, path) for path in validation_files(recipe.data)],
             "tokenizer": digest(tokenizer),
@@ -64,7 +64,7 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
             "max_length": recipe.export.max_length,
             "name": folder.path.name,
         }
-        inputs: dict[str, Any] = {"merged": content("merge")}
+        inputs = {"merged": content("merge")}
         if recipe.export.adapters == "separate":
             inputs = {"base": base_id, "adapter": content("train")}
             options |= {"adapters": "separate", "onto": recipe.merge.onto}
