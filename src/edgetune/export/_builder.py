@@ -16,6 +16,8 @@ def main() -> None:
     """Build what the JSON argument asks for, and say the peak memory on the last line."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(sys.argv[1])
+    # It stamps graphs with the commit of the repository around it, which is whoever's environment it is installed in.
+    os.environ["GIT_DIR"] = os.devnull
     from edgetune.runtime import genai
 
     genai()  # telemetry off before the builder's package can send any
