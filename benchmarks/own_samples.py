@@ -2,7 +2,7 @@
 
     python benchmarks/own_samples.py MODEL OUT [--texts 192] [--tokens 230] [--held-out 40]
 
-OUT gets train.jsonl and validation.jsonl, a `{"text": …}` a line, each text beginning with the model's first token.
+OUT gets train.jsonl and validation.jsonl, a `{"text": …}` a line, without the first token that begins every text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def write(model: Path, out: Path, texts: int = 192, tokens: int = 230, held_out: int = 40, seed: int = 1) -> None:
-    """Draw texts all at once from the float32 model. A text ends at a stop token, or after so many tokens."""
+    """Draw texts all at once from the float32 model. A text ends at the first special token, or after so many tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     draw = torch.Generator().manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
     writer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    first, ends = tokenizer.bos_token_id, {tokenizer.bos_token_id, tokenizer.eos_token_id, 2}
+    first, ends = tokenizer.bos_token_id, set(tokenizer.added_tokens_decoder)
     ids = last = torch.full((texts, 1), first)
     cache = None
     with torch.inference_mode():
@@ -35,7 +35,7 @@ def write(model: Path, out: Path, texts: int = 192, tokens: int = 230, held_out:
         end = next((at for at, token in enumerate(row) if token in ends), len(row))
         text = tokenizer.decode(row[:end]).strip()
         if len(text) > 40:
-            lines.append(json.dumps({"text": tokenizer.bos_token + text}) + "\n")
+            lines.append(json.dumps({"text": text}) + "\n")
     out.mkdir(parents=True, exist_ok=True)
     (out / "validation.jsonl").write_text("".join(lines[:held_out]), encoding="utf-8")
     (out / "train.jsonl").write_text("".join(lines[held_out:]), encoding="utf-8")

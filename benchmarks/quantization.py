@@ -260,7 +260,8 @@ def main() -> None:
         )
     (args.work / "points.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
     (args.work / "table.md").write_text(table(points), encoding="utf-8")
-    plot([point for point in points if "failed" not in point], args.work / "plot.png")
+    if loaded := [point for point in points if "failed" not in point]:
+        plot(loaded, args.work / "plot.png")
     print(table(points))
 
 

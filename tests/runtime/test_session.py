@@ -156,7 +156,14 @@ def test_greedy_repeats_itself(session: Session, tiny_artifact: Path) -> None:  
 def test_max_tokens_where_the_cache_has_a_fixed_size(copy: Path) -> None:
     """ONNX Runtime GenAI would go on until the cache is full."""
     config = json.loads((copy / "genai_config.json").read_text())
-    config["model"]["decoder"]["sliding_window"] = {"window_size": 2047, "slide_key_value_cache": False, "layers": []}
+    window = {
+        "window_size": 2047,
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+        "layers": [],
+        "cache_slack": 0,
+    }
+    config["model"]["decoder"]["sliding_window"] = window
     edit_json(copy / "genai_config.json", **config)
     seal(copy)
     with runtime.load(copy) as session:

@@ -1,6 +1,6 @@
 """What an export takes, known from the shapes of the weights before it starts.
 
-Factors were fitted to measured exports; `benchmarks/README.md` has them, and how far they are off.
+`benchmarks/README.md` says how far it is off.
 """
 
 from __future__ import annotations
