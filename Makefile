@@ -30,8 +30,9 @@ demo: $(READY)
 	$(BIN)/edgetune run recipes/quickstart.yaml
 	@echo "(edgetune lies in $(BIN): first \`. $(BIN)/activate\`, or type $(BIN)/edgetune)"
 
+# Two processes, a file of tests in each, and one thread of arithmetic in each: tiny models gain nothing by more.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

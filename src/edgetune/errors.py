@@ -48,7 +48,7 @@ class GateError(EdgetuneError):
 
 Extra = Literal["train", "export", "evaluate"]
 
-_EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "jinja2")
+_EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript")
 # What the stages import of each optional extra of pyproject.toml.
 EXTRAS: dict[Extra, tuple[str, ...]] = {
     "train": (
@@ -60,7 +60,6 @@ EXTRAS: dict[Extra, tuple[str, ...]] = {
         "gguf",
         "pyarrow",
         "matplotlib",
-        "jinja2",
     ),
     "export": _EXPORT,
     "evaluate": (*_EXPORT, "lm_eval"),

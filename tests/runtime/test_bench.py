@@ -404,7 +404,7 @@ def test_worker_imports_neither_torch_nor_transformers(tiny_artifact: Path):  # 
     code = (
         "import sys; from pathlib import Path; from edgetune.runtime.bench import worker, workloads\n"
         f"job = {{'artifact': {str(tiny_artifact)!r}, 'threads': 1, 'provider': None, 'session': SESSION,"
-        " 'session_options': {}, 'prefill_tokens': None, 'use_profile': True}\n"
+        " 'session_options': {}, 'prefill_tokens': None, 'use_profile': True, 'huge_pages': True, 'adapter': None}\n"
         "engine, _ = worker.opened(job)\n"
         "print(len(engine.round(engine.prepare(workloads.Workload(*WORK), 0, 1) - 1)))\n"
         "print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"

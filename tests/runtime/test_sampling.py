@@ -38,7 +38,7 @@ def reference(
     for token in order:
         nucleus.append(token)
         reached += weights[token]
-        if reached >= options.top_p * total * (1 - 1e-12):
+        if options.top_p < 1 and reached >= options.top_p * total * (1 - 1e-12):
             break
     kept = [token for token in nucleus if weights[token] >= options.min_p * weights[order[0]]]
     whole = sum(weights[token] for token in kept)

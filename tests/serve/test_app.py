@@ -54,7 +54,12 @@ def test_whole_answer(address: str) -> None:
     assert body["choices"][0]["message"]["content"] == "hello wörld 👋🏽"
     assert body["choices"][0]["finish_reason"] == "stop"
     counts = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
-    assert body["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+    guesses = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    assert body["usage"] == {
+        **counts,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": guesses,
+    }
 
 
 def test_stream(address: str) -> None:
