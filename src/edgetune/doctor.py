@@ -164,6 +164,8 @@ def machine_table(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _kernel_rows(found: dict[str, float]) -> list[tuple[str, str]]:
     bad = [f"{name} is wrong by {error:.0%}" for name, error in found.items() if not error <= kernels.MOST_ERROR]
     how = f"NOT RIGHT: {'; '.join(bad)}: use artifacts without it" if bad else f"right: {', '.join(found)}"
+    if not bad and kernels.overflows():
+        how += " (without VNNI: int8 weights are made uint8 at loading, to be right)"
     return [("quantized products", how)] if found else []
 
 

@@ -1,9 +1,8 @@
-"""A stage alone, on folders that someone else may have made: merge, export, verify."""
+"""A stage alone, on folders that someone else may have made: merge, export, repair."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 import tempfile
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.errors import InputError, require_extra
-from edgetune.files import digest, read_json, staged_folder, write_json
+from edgetune.files import staged_folder
 from edgetune.leases import lease
-from edgetune.progress import say
-from edgetune.recipe import DataSection, ExportSection, MergeSection, ModelSection, Recipe, VerifySection
-from edgetune.run import FOLDERS, MANIFEST, NOT_CONTENT, Result, Work, read_manifest, seal
+from edgetune.recipe import ExportSection, MergeSection, ModelSection
+from edgetune.run import FOLDERS, Result, Work, read_manifest, seal
+from edgetune.standalone_verify import settings_beside
 
 if TYPE_CHECKING:
-    from edgetune.data.render import Encoded, Renderer, TrainOn
+    from edgetune.data.render import Encoded
     from edgetune.export.quantized import Examples
     from edgetune.models import Base
     from edgetune.recipe import HealSection
@@ -117,7 +116,7 @@ def _validation(adapter: Path, base: Base, model: ModelSection, data: Path | Non
         chat_template=str(template) if template.is_file() else None,
     )
     renderer = Renderer(tokenizer, set(stop_ids(base.path)))
-    _, train_on = _settings(adapter.absolute().parent)
+    _, train_on = settings_beside(adapter.absolute().parent)
     return encode_any(file, renderer, train_on, context_length(base.path), LOSS_ROWS)
 
 
@@ -227,157 +226,6 @@ def _examples(merged: Path, data: Path | None, rows: int | None, heal: HealSecti
     renderer = Renderer(load_tokenizer(merged), set(stop_ids(merged)))
     most = sys.maxsize if rows is None else rows
     return Examples(encode_any(data, renderer, "assistant", context_length(merged), most), heal)
-
-
-def verify_artifact(
-    artifact: Path,
-    merged: Path | None,
-    data: Path | None,
-    rows: int | None,
-    limits: dict[str, float],
-    out: Path | None,
-    *,
-    step: int | None = None,
-    provider: str | None = None,
-    adapter: str | None = None,
-) -> dict[str, Any]:
-    """Compare an artifact with the model that it was made from, or any two models of one vocabulary.
-
-    Args:
-        artifact: artifact or run folder; a folder of another tool's with genai_config.json; a transformers folder, a GGUF
-            file, or `package:NAME`.
-        merged: any of these; `merged` beside the artifact when not given.
-        data: examples in any form; `data/validation.jsonl` beside the artifact, or beside `merged`, when not given.
-        rows: how many; the run's own recipe decides when not given.
-        limits: limits that replace the run's or the default ones.
-        out: folder that gets report.json, or None; what else lies in it stays.
-        step: tokens of a row that are fed to the artifact at once; the run's own recipe decides when not given.
-        provider: where the artifact runs, as targets have it; what it was made for when not given. The card of edgetune's
-            own artifacts says so when that was done.
-        adapter: of an artifact that carries adapters, which one is on; `none`: the base; its only one when not given.
-
-    Returns:
-        The report of `edgetune.export.verify.verify`, with `path` and `against`.
-    """
-    from edgetune.data.render import Renderer
-    from edgetune.export.card import stamp
-    from edgetune.export.readers import ends, longest, provider_of
-    from edgetune.export.targets import limits_of
-    from edgetune.export.verify import verify
-    from edgetune.models import load_tokenizer
-    from edgetune.runtime.artifact import Artifact
-
-    require_extra("export")
-    found = model_at(artifact, "artifact")
-    provider = provider_of(found, provider)
-    run = found.parent
-    if merged is None and not (run / "merged").is_dir():
-        raise InputError("no merged model lies beside the artifact", where=found, fix="name it: --against FOLDER")
-    against = model_at(merged or run / "merged", "merged")
-    beside = [folder / "data" / "validation.jsonl" for folder in (run, against.parent)]
-    held_out = data or next((file for file in beside if file.is_file()), None)
-    if held_out is None:
-        raise InputError(
-            "no held-out rows lie beside the artifact",
-            where=found,
-            fix="name a file of examples: --data FILE",
-        )
-    _tell_of_another_origin(found, against)
-    switched = Artifact(found, read_manifest(found), {}, {}).adapter(adapter)
-    section, train_on = _settings(run)
-    if not (run / "recipe.json").is_file():
-        section = section.model_copy(update={"limits": limits_of(found)})
-    changes = {"rows": rows, "step": step, "limits": section.limits.model_copy(update=limits)}
-    section = section.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    renderer = Renderer(load_tokenizer(against), set(ends(against)))
-    limit = min(longest(found), longest(against))
-    encoded, places = _rows_of(held_out, renderer, train_on, limit, section.rows)
-    with (
-        lease(found, "edgetune verify"),
-        lease(against, "edgetune verify"),
-        tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
-    ):
-        report = verify(
-            found, against, encoded, section, Path(folder), provider=provider, places=places, adapter=switched
-        )
-    if out is not None:
-        write_json(out / "report.json", report)
-    stamp(found, report)
-    return {"path": str(found), "against": str(against), **report}
-
-
-def model_at(path: Path, output: Literal["artifact", "merged"]) -> Path:
-    """The folder of a model that is to be compared, checked as far as its files can be.
-
-    Args:
-        path: a folder with genai_config.json, whose hashes are verified where it has edgetune's manifest; a transformers
-            folder; a GGUF file; `package:NAME`; a run.
-        output: which of a run's folders is meant.
-
-    Raises:
-        InputError: it is none of these, or broken.
-    """
-    from edgetune.export.readers import is_graph
-    from edgetune.models import resolve
-    from edgetune.models.packaged import PREFIX
-    from edgetune.runtime.artifact import open_artifact
-
-    if (path / "recipe.json").is_file() and (path / output).is_dir():
-        path = path / output
-    if is_graph(path):
-        made_here = (path / MANIFEST).is_file() and str(_format(path)).startswith("edgetune/")
-        return open_artifact(path).path if made_here else path.resolve()
-    if path.is_file() or (path / "config.json").is_file() or str(path).startswith(PREFIX):
-        return resolve(ModelSection(id=str(path))).path
-    if output == "artifact":
-        return open_artifact(path).path  # says what it is instead
-    return resolve(ModelSection(id=str(path.absolute()))).path  # likewise
-
-
-def _format(folder: Path) -> Any:
-    found = read_json(folder / MANIFEST)
-    return found.get("format") if isinstance(found, dict) else None
-
-
-def _tell_of_another_origin(artifact: Path, merged: Path) -> None:
-    """Say so where the artifact's own manifest names another model."""
-    from edgetune.export.readers import is_graph
-
-    manifest = read_manifest(artifact)
-    made_from = manifest.get("inputs", {}).get("merged")
-    if made_from and not is_graph(merged) and made_from not in _digests(merged):
-        name = manifest.get("name") or artifact.name
-        say(f"note: {name} was not made from {merged}, says its manifest; comparing them all the same")
-
-
-def _rows_of(
-    file: Path, renderer: Renderer, train_on: TrainOn, limit: int, rows: int
-) -> tuple[list[Encoded], list[str]]:
-    """The first rows of a file of examples, encoded, and where each stands, as file:line."""
-    from edgetune.data.examine import encode_any
-    from edgetune.data.problems import Problems
-    from edgetune.data.read import read
-
-    encoded = encode_any(file, renderer, train_on, limit, rows)  # raises where a row cannot be used: none is left out
-    return encoded, [row.where for row in itertools.islice(read(file, Problems(), file.name), rows)]
-
-
-def _digests(merged: Path) -> set[str]:
-    """How an artifact's manifest may name this folder: by its own manifest, or by its files."""
-    from edgetune.models import resolve
-
-    entries = read_manifest(merged).get("outputs", {})
-    sealed = digest({name: entry["sha256"] for name, entry in entries.items() if name not in NOT_CONTENT})
-    return {sealed, resolve(ModelSection(id=str(merged.absolute()))).digest}
-
-
-def _settings(run: Path) -> tuple[VerifySection, Any]:
-    """What the recipe of the run around an artifact says of verifying; the defaults where there is none."""
-    try:
-        recipe = Recipe.model_validate_json((run / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return VerifySection(), DataSection(train="").train_on
-    return recipe.verify, recipe.data.train_on
 
 
 def _check_out(out: Path, source: Path, stage: str) -> None:

@@ -29,7 +29,8 @@ from edgetune.runtime import load
 from edgetune.runtime.chat import Chat
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
-from edgetune.standalone import _adapter_at, export_model, merge_adapter, verify_artifact
+from edgetune.standalone import _adapter_at, export_model, merge_adapter
+from edgetune.standalone_verify import verify_artifact
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = "The capital of"

@@ -21,7 +21,7 @@ from edgetune.run import Work
 from edgetune.runtime.artifact import open_artifact
 from edgetune.runtime.providers import PROVIDERS, status
 from edgetune.runtime.session import Session
-from edgetune.standalone import verify_artifact
+from edgetune.standalone_verify import verify_artifact
 
 QUICK = ("cuda-fp16", "qnn-npu")  # the others are `slow`: the builder takes seconds for each
 

@@ -15,7 +15,7 @@ from conftest import edgetune, write_jsonl
 from edgetune.errors import InputError
 from edgetune.export.graph_reader import Graph
 from edgetune.export.readers import Weights, greedy, pieces
-from edgetune.standalone import verify_artifact
+from edgetune.standalone_verify import verify_artifact
 
 
 @pytest.fixture

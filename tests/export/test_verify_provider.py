@@ -17,7 +17,7 @@ from conftest import edgetune, write_jsonl
 from edgetune.errors import InputError
 from edgetune.runtime import providers
 from edgetune.runtime.artifact import open_artifact
-from edgetune.standalone import verify_artifact
+from edgetune.standalone_verify import verify_artifact
 
 CARD = "# tiny\n\n| | |\n|---|---|\n| on the device | checked, not run on the device: run `edgetune verify` there |\n| gate | passed |\n"
 

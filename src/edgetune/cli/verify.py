@@ -79,7 +79,7 @@ def command(
     """
     from edgetune.export.verify import gate_error
     from edgetune.recipe_file import limits_from
-    from edgetune.standalone import verify_artifact
+    from edgetune.standalone_verify import verify_artifact
 
     found = verify_artifact(
         artifact, against, data, rows, limits_from(limit or []), out, step=step, provider=provider, adapter=adapter

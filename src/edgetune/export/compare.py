@@ -21,7 +21,7 @@ from edgetune.progress import say
 from edgetune.recipe import BenchSection
 from edgetune.run import FORMAT as SEALED
 from edgetune.run import MANIFEST, NOT_CONTENT, outputs, read_manifest
-from edgetune.standalone import model_at, verify_artifact
+from edgetune.standalone_verify import model_at, verify_artifact
 
 FORMAT = "edgetune/compare/1"
 # The measures of a row: whether less is better. The first three decide what is Pareto-optimal.

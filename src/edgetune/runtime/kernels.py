@@ -7,14 +7,20 @@ one small product of each kind; `edgetune.export.kernel_graph` makes it.
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
 
 COLUMNS, ROWS, BLOCK = 256, 64, 32
+# Session options that every graph of ours is loaded with. Without VNNI, x86's products of uint8 inputs and int8 weights
+# overflow 16 bits, silently; with this, ONNX Runtime makes such weights uint8 when it loads a graph. Elsewhere it does nothing.
+SESSION = {"session.x64quantprecision": "1"}
 MOST_ERROR = 0.05  # relative, of the outputs' norm; rounding inputs to 8 bits costs under 0.02
 
 
@@ -67,8 +73,11 @@ def inputs(count: int) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def errors() -> dict[str, float]:
+def errors(session: Mapping[str, str] = SESSION) -> dict[str, float]:
     """Relative error of each kernel here, the larger of one row and of many, by `Kernel.name`. Takes some milliseconds.
+
+    Args:
+        session: session options of ONNX Runtime to load the products with.
 
     Raises:
         OSError: the file that comes with edgetune is missing.
@@ -80,11 +89,13 @@ def errors() -> dict[str, float]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     graph = importlib.resources.files("edgetune.runtime").joinpath("kernels.onnx").read_bytes()
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    for key, value in session.items():
+        options.add_session_config_entry(key, value)
+    loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     found = dict.fromkeys((kernel.name for kernel in KERNELS), 0.0)
     for count in (1, 48):
         given = inputs(count)
-        outputs = session.run([kernel.name for kernel in KERNELS], {"inputs": given})
+        outputs = loaded.run([kernel.name for kernel in KERNELS], {"inputs": given})
         for kernel, output in zip(KERNELS, outputs, strict=True):
             codes, scales, zeros = (part.astype(np.float64) for part in weights(kernel))
             each = COLUMNS // scales.shape[1]
@@ -93,6 +104,12 @@ def errors() -> dict[str, float]:
             error = float(np.linalg.norm(output - wanted) / np.linalg.norm(wanted))
             found[kernel.name] = max(found[kernel.name], error)
     return found
+
+
+@functools.cache
+def overflows() -> bool:
+    """Whether int8 weights overflow on this processor, unless `SESSION` has them made uint8, which is slower."""
+    return not errors({})["int8 activations"] <= MOST_ERROR
 
 
 def wrong() -> dict[str, float]:

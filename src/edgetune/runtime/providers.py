@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError, first_line
+from edgetune.runtime import kernels
 
 CPU = "CPUExecutionProvider"
 _PROBE_S = 60
@@ -238,6 +239,8 @@ def open_session(file: Path, name: str = "cpu", threads: int | None = None, mode
     options.log_severity_level = 4  # what goes wrong is raised
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+    for key, value in kernels.SESSION.items():
+        options.add_session_config_entry(key, value)
     if threads:
         options.intra_op_num_threads = threads
     source = model or str(file)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.export.quantize.grid import Grid
 from edgetune.files import read_json, write_json
+from edgetune.runtime import kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +132,11 @@ def _matrix(
 
     if grid.activations == "int8":
         codes = drawn.integers(-127, 128, (columns, rows), dtype=np.int8)
-        return [tensor("w", _INT8, codes), tensor("s", _FLOAT, np.full(rows, 0.01, np.float32))], {}
+        found = [tensor("w", _INT8, codes), tensor("s", _FLOAT, np.full(rows, 0.01, np.float32))]
+        if kernels.overflows():  # what loading makes of int8 weights then; these sessions optimize nothing
+            found[0] = tensor("w", _UINT8, codes.view(np.uint8) ^ 0x80)
+            found.append(tensor("z", _UINT8, np.array(128, np.uint8)))
+        return found, {}
     blocks = grid.blocks(columns)
     codes = drawn.integers(0, 256, (rows, blocks, grid.block(columns) * grid.bits // 8), dtype=np.uint8)
     found = [tensor("w", _UINT8, codes), tensor("s", _FLOAT, np.full(rows * blocks, 0.01, np.float32))]
