@@ -28,15 +28,13 @@ _PROMPTS = 8
 def main(file: Path) -> None:
     """Answer a job: `merged`, `rows` (a file), `most` rows, `entries`, `check` (an entry whose tokens are compared, or
     None), `answer` (the file that gets the answer)."""
+    from edgetune.models.quiet import quiet
+
     job = json.loads(file.read_text(encoding="utf-8"))
+    entries, check = [Entry(**entry) for entry in job["entries"]], Entry(**job["check"]) if job["check"] else None
     try:
-        answer = measure(
-            Path(job["merged"]),
-            Path(job["rows"]),
-            job["most"],
-            [Entry(**entry) for entry in job["entries"]],
-            Entry(**job["check"]) if job["check"] else None,
-        )
+        with quiet():
+            answer = measure(Path(job["merged"]), Path(job["rows"]), job["most"], entries, check)
     except EdgetuneError as error:
         raise SystemExit(f"error: {error}") from error
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -190,8 +190,7 @@ def prepared(
 
 def gguf_files(args: argparse.Namespace, llama: Path | None, notes: list[str]) -> dict[str, Path]:
     """The merged model as GGUF files by type, made where they are not there yet."""
-    merged = digest([*map(sha256_file, weight_files(args.merged)), sha256_file(args.merged / "tokenizer.json")])
-    folder = home() / "benchmarks" / f"gguf-{merged[:16]}"
+    folder = home() / "benchmarks" / f"gguf-{_digest(args.merged)[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     found = {_FAITHFUL: folder / f"{_FAITHFUL}.gguf"}
     if not found[_FAITHFUL].is_file():
@@ -215,9 +214,23 @@ def gguf_files(args: argparse.Namespace, llama: Path | None, notes: list[str]) -
 
 
 def divergence(args: argparse.Namespace, entries: Sequence[Entry], check: Entry | None) -> dict[str, dict[str, Any]]:
-    """Of `_runtime_vs_quality.measure`, in a process of its own."""
+    """Of `_runtime_vs_quality.measure`, in a process of its own. What was measured before of the same files is kept."""
     if not args.most:
         return {}
+    kept = home() / "benchmarks" / f"gguf-{_digest(args.merged)[:16]}" / "divergence.json"
+    known: dict[str, dict[str, Any]] = read_json(kept) if kept.is_file() else {}
+    wanted = [*entries, *([check] if check else [])]
+    keys = {entry.name: digest([entry.engine, _content(entry), sha256_file(args.rows), args.most]) for entry in wanted}
+    missing = [entry for entry in entries if keys[entry.name] not in known]
+    unchecked = check if check and keys[check.name] not in known else None
+    if missing or unchecked:
+        found = _diverging(args, missing, unchecked)
+        known |= {keys[name]: numbers for name, numbers in found.items()}
+        write_json(kept, {key: numbers for key, numbers in known.items() if "failed" not in numbers})
+    return {name: known[key] for name, key in keys.items()}
+
+
+def _diverging(args: argparse.Namespace, entries: Sequence[Entry], check: Entry | None) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         job = {
@@ -234,6 +247,17 @@ def divergence(args: argparse.Namespace, entries: Sequence[Entry], check: Entry 
             raise EdgetuneError("divergence could not be measured", where=args.merged, fix="see the lines above")
         found: dict[str, dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
         return found
+
+
+def _digest(merged: Path) -> str:
+    return digest([*map(sha256_file, weight_files(merged)), sha256_file(merged / "tokenizer.json")])
+
+
+def _content(entry: Entry) -> list[str]:
+    """Hashes of what an entry loads, and which environment loads it."""
+    path = Path(entry.model)
+    files = sorted(path.glob("*.onnx*")) if path.is_dir() else [path]
+    return [entry.python, *map(sha256_file, files)]
 
 
 def faithful(name: str, quality: dict[str, Any]) -> str:

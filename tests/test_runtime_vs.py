@@ -57,21 +57,20 @@ def test_goals_are_judged_against_the_best_of_the_size_class() -> None:
     assert [met for met, _ in said] == [True, False, True, True, False]
     assert said[0][1].startswith("decode 1.50 times (1.50 to 1.50) that of llama.cpp, Q4_0 (KL no worse: 0.0500, 0.06")
     assert "prefill 1.11 times" in said[1][1] and "llama.cpp, Q4_1 (KL worse: 0.0500, 0.0400)" in said[1][1]
-    assert "OpenVINO GenAI, Q4_0 (KL of one is not known); goal: level" in said[2][1]
+    assert "OpenVINO GenAI, Q4_0 (KL of one is not known); goal: 0.97 times" in said[2][1]
     assert said[3][1] == "loaded in 0.30 s; goal: 0.5 s"
     assert said[4][1].startswith("220 MB resident at most, llama.cpp, Q4_1 180 MB")
 
 
-def test_level_is_within_the_interval() -> None:
+def test_level_allows_for_noise() -> None:
     from _runtime_vs_table import goals
 
-    def judged(theirs: list[float]) -> bool:
-        other = {**row("OpenVINO GenAI, Q8_0", 100, 10, 0, 0.1, 400), "prefill": theirs}
+    def judged(share: float) -> bool:
+        other = row("OpenVINO GenAI, Q8_0", 100, 10, 1000 / share, 0.1, 400)
         return next(met for met, words in goals(own, [own, other]) if words.startswith("prefill"))
 
     own = row("edgetune, cpu-int8", 100, 150, 1000, 0.05, 220)
-    assert judged([1020, 1080, 930])  # 0.99 times on average, above and below it
-    assert not judged([1100, 1210, 990])  # 0.91 times in each round
+    assert judged(0.98) and not judged(0.96)
 
 
 def test_the_table_has_a_column_for_each_head_and_what_is_missing_is_empty() -> None:
