@@ -14,9 +14,10 @@ import pytest
 from artifacts import copy_of, tiny_artifact  # noqa: F401
 from edgetune.errors import InputError
 from edgetune.export.graph_check import check_graph, operators
-from edgetune.export.qdq import DECODE, FILLED, LEAST_TOKENS, PREFILL, TOTAL, to_static
+from edgetune.export.qdq import DECODE, FILLED, LEAST_TOKENS, PREFILL, SESSION, TOTAL, to_static
 from edgetune.export.targets import StaticShapes, load_target
 from edgetune.export.weight_check import compare_weights
+from edgetune.runtime.providers import open_session
 
 CONTEXT, LENGTH = 64, 16
 
@@ -38,7 +39,7 @@ def static(request: pytest.FixtureRequest, tiny_artifact: Path, tmp_path_factory
 def run(
     file: Path, ids: list[int], cache: dict[str, Any], before: int, padding: int = 0
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = open_session(file, session_options=SESSION)
     total = before + len(ids)
     feed = {
         "input_ids": np.array([ids + [0] * padding], np.int64),
@@ -109,6 +110,7 @@ def test_the_runtime_configuration_names_both(static: Path) -> None:
     stages = decoder["pipeline"][0]
     assert {stage["filename"] for stage in stages.values()} == {PREFILL, DECODE}
     assert decoder["sliding_window"]["window_size"] == LENGTH and "filename" not in decoder
+    assert SESSION.items() <= decoder["session_options"].items()
 
 
 def test_what_cannot_be_made_static(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -97,8 +97,8 @@ def export_decoder(
     ids = stop_ids(merged)
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     _name_provider(config, target)
-    config["model"]["decoder"].setdefault("session_options", {}).update(kernels.SESSION)
     if target.quantization:
+        config["model"]["decoder"].setdefault("session_options", {}).update(kernels.SESSION)
         config["model"]["context_length"] = limit  # the graph has no angles for positions beyond
     config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
     write_json(artifact / "genai_config.json", config)

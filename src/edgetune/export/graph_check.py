@@ -87,7 +87,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def _invalid(model: onnx.ModelProto) -> Iterator[str]:
     """What the ONNX checker and shape inference say. Weights stay on disk: those outside the graph are taken for inputs.
 
-    The model builder writes shapes of its constants that are not theirs (no dimension for one): those are inferred.
+    The model builder writes shapes that are not theirs to its constants (no dimension for one) and within a norm that it
+    takes apart (means of the whole width): those are inferred.
     """
     import onnx
 
@@ -96,8 +97,9 @@ def _invalid(model: onnx.ModelProto) -> Iterator[str]:
     for node in _nodes(copy.graph):
         if node.op_type in _UNREGISTERED and node.domain in _STANDARD:
             node.domain = "com.microsoft"
-    constants = {name for node in copy.graph.node if node.op_type == "Constant" for name in node.output}
-    told = [value for value in copy.graph.value_info if value.name not in constants]
+    guessed = [node for node in copy.graph.node if node.op_type == "Constant" or "/LayerNorm/" in node.name]
+    wrong = {name for node in guessed for name in node.output}
+    told = [value for value in copy.graph.value_info if value.name not in wrong]
     del copy.graph.value_info[:]
     copy.graph.value_info.extend(told)
     outside = [tensor for tensor in copy.graph.initializer if tensor.external_data]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "genai_config.json"
+_ARITHMETIC = (
+    "session.x64quantprecision",
+    "session.disable_quant_qdq",
+)  # its session options that decide what is computed
 # Where genai_config.json does not name them.
 _PAST = ("past_key_values.%d.key", "past_key_values.%d.value")
 _PRESENT = ("present.%d.key", "present.%d.value")
@@ -124,7 +128,9 @@ class _Step:
         from edgetune.runtime.hardware import default_threads
 
         with _explained(file, f"ONNX Runtime cannot load the graph on {provider}"):
-            self.session = open_session(file, provider, default_threads(), _unpruned(file))
+            options = decoder.get("session_options") or {}
+            own = {key: str(options[key]) for key in _ARITHMETIC if key in options}
+            self.session = open_session(file, provider, default_threads(), _unpruned(file), own)
         self._file, self._decoder = file, decoder
         self._inputs = {found.name: found for found in self.session.get_inputs()}
         names, given = decoder.get("inputs") or {}, decoder.get("outputs") or {}

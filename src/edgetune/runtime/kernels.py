@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 COLUMNS, ROWS, BLOCK = 256, 64, 32
-# Session options that every graph of ours is loaded with. Without VNNI, x86's products of uint8 inputs and int8 weights
-# overflow 16 bits, silently; with this, ONNX Runtime makes such weights uint8 when it loads a graph. Elsewhere it does nothing.
+# Session options of artifacts with int8 activations. Without VNNI, x86's products of uint8 inputs and int8 weights overflow
+# 16 bits, silently; with this, ONNX Runtime makes such weights uint8 when it loads a graph. Elsewhere it does nothing.
 SESSION = {"session.x64quantprecision": "1"}
 MOST_ERROR = 0.05  # relative, of the outputs' norm; rounding inputs to 8 bits costs under 0.02
 

@@ -13,7 +13,6 @@ from typing import Any
 from edgetune.errors import InputError
 from edgetune.files import digest, home, read_json, write_json
 from edgetune.progress import say
-from edgetune.runtime import kernels
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.hardware import checked_threads, cpu
 
@@ -51,8 +50,7 @@ class Settings:
 
     def overlay(self) -> dict[str, Any]:
         """The `session_options` of genai_config.json that these settings make. Raises InputError for wrong threads."""
-        own = {"log_severity_level": 3, "intra_op_num_threads": checked_threads(self.threads)}
-        return {**own, **kernels.SESSION, **self.session}
+        return {"log_severity_level": 3, "intra_op_num_threads": checked_threads(self.threads), **self.session}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError, first_line
-from edgetune.runtime import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CPU = "CPUExecutionProvider"
 _PROBE_S = 60
@@ -220,7 +222,13 @@ def register_genai(og: Any, name: str) -> None:
                 raise EdgetuneError(f"the plugin {provider.plugin} does not load: {first_line(error)}") from error
 
 
-def open_session(file: Path, name: str = "cpu", threads: int | None = None, model: bytes | None = None) -> Any:
+def open_session(
+    file: Path,
+    name: str = "cpu",
+    threads: int | None = None,
+    model: bytes | None = None,
+    session_options: Mapping[str, str] | None = None,
+) -> Any:
     """A session of ONNX Runtime on a provider, which keeps what `shares` tells of.
 
     Args:
@@ -228,6 +236,7 @@ def open_session(file: Path, name: str = "cpu", threads: int | None = None, mode
         name: the provider, as targets have it.
         threads: of the CPU.
         model: a graph in place of what the file holds; its weights lie beside the file.
+        session_options: further ones of ONNX Runtime.
 
     Raises:
         InputError: the provider is missing, finds no device, or takes no node of the graph.
@@ -239,7 +248,7 @@ def open_session(file: Path, name: str = "cpu", threads: int | None = None, mode
     options.log_severity_level = 4  # what goes wrong is raised
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    for key, value in kernels.SESSION.items():
+    for key, value in (session_options or {}).items():
         options.add_session_config_entry(key, value)
     if threads:
         options.intra_op_num_threads = threads
