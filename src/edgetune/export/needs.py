@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.7}  # as the model builder stores them
 _PROCESS = 0.6e9  # bytes of one that has torch and transformers
-_MATRIX = 5.5  # float32 copies of the largest matrix while it is rounded
+_MATRIX = 5.5  # float32 copies of the largest matrix while it is rounded to nearest
+_SEARCHED = 8.0  # and with GPTQ
 _BUILDER = 1.4  # float32 copies of all weights in the builder, when it rounds them itself
 _LOADED = 1.7  # artifacts in memory while one is loaded: its pages, and weights in the kernels' own order
 _LAYER = re.compile(r"\.layers\.\d+\.")
@@ -30,7 +31,8 @@ _WORDS = 5e7  # bytes of tokenizer, configuration and graph
 _START_S = 20.0  # imports, the builder's start, the contract, a first answer
 _ROUNDED_A_S = 40e6  # weights that are rounded to nearest and written
 _BUILT_A_S = 150e6  # weights that the builder puts into its graph
-_PASSES = 3.5  # forward passes of a calibrated layer: it runs as far as each group of matrices, then whole
+_PASSES = 6.0  # forward passes of a calibrated layer, of short rows: it runs as far as each group of matrices, then whole
+_SEARCHED_A_S = 0.6e6  # weights of 4 bits whose scales, zero points and codes GPTQ looks for
 _LEAST_GFLOPS = 20.0  # other programs make the short measurement slower than the work will be
 _FITS = 8.0  # products of a matrix with its Hessian in GPTQ, in floating-point operations a pair
 
@@ -86,15 +88,16 @@ def needs(folder: Path, target: Target, *, steps: int = 0) -> Needs:
     plan = section.plan()
     size = sum(plan.grid(name).size(rows, columns) for name, rows, columns in found.matrices)
     calibration = section.calibration_tokens if plan.calibrated else 0
-    operations = 0.0
+    operations, searched = 0.0, 0
     for name, rows, columns in found.matrices if plan.calibrated else ():
         operations += _PASSES * 2 * calibration * rows * columns
         if plan.method == "gptq" and plan.grid(name).bits == 4 and name != EMBEDDING:
             operations += _FITS * rows * columns * columns
+            searched += rows * columns
     columns = max((columns for _, _, columns in found.matrices), default=0)
     memory = max(
         _PROCESS
-        + 4 * max(_MATRIX * found.largest, 2 * found.layer)
+        + 4 * max((_SEARCHED if searched else _MATRIX) * found.largest, 2 * found.layer)
         + calibration * 8 * columns
         + (20 * columns**2 if plan.method == "gptq" else 0),
         2 * _PROCESS + size,
@@ -105,6 +108,7 @@ def needs(folder: Path, target: Target, *, steps: int = 0) -> Needs:
         _START_S
         + found.parameters * (1 / _ROUNDED_A_S + 1 / _BUILT_A_S)
         + operations / max(gflops(), _LEAST_GFLOPS) / 1e9
+        + searched / _SEARCHED_A_S
     )
     return Needs(seconds, memory, 3 * size + _WORDS, size, found.parameters)
 
