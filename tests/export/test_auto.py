@@ -54,6 +54,12 @@ def _kld(folder: Path, names: list[str], grid: Grid, rows: list[Encoded]) -> flo
     return float(torch.stack(total).double().mean())
 
 
+def test_rows_whose_answers_begin_late_are_cut_behind_their_beginning() -> None:
+    late = [Encoded(list(range(400)), [place >= 300 for place in range(400)]) for _ in range(8)]
+    _, held_out = split(late, 100)
+    assert [len(row.ids) for row in held_out] == [364, 364]
+
+
 def test_a_groups_divergence_is_that_of_a_whole_model_with_only_it_rounded(tiny_model: Path, tmp_path: Path) -> None:
     rows, held_out = split(_rows(), 100)
     ids = [row.ids for row in rows]

@@ -51,6 +51,8 @@ def test_what_is_right_passes(changed: Callable[..., Path], tiny_model: Path) ->
         (lambda _: None, {"tie_word_embeddings": False}, "tie_word_embeddings: false.*hold no lm_head.weight"),
         (lambda found: found.pop(UP), {}, f"lack 1 weights, first {UP}"),
         (lambda _: None, {"intermediate_size": 112}, r"has the shape \[128, 64\], by config.json it has \[112, 64\]"),
+        (lambda _: None, {"num_attention_heads": 3}, "config.json cannot be used: "),
+        (lambda _: None, {"model_type": "martian"}, "does not know the architecture `martian`"),
         (lambda found: found[UP].view(-1)[3:4].fill_(float("nan")), {}, f"{UP} holds numbers that are not finite"),
         (lambda found: found[UP].view(-1)[3:4].fill_(float("inf")), {}, f"{UP} holds numbers that are not finite"),
     ],

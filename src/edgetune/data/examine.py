@@ -133,8 +133,11 @@ def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int, ro
         try:
             encoded = renderer.encode(row.values, train_on)
             short = cut(encoded, limit)
-            if len(encoded.ids) > limit:
-                _too_long(section, len(encoded.ids), sum(short.learned), limit)
+            if not sum(short.learned) and len(encoded.ids) > limit:
+                raise RowProblem(
+                    f"the row has {len(encoded.ids):,} tokens and nothing learned in the {limit:,} that the model can read",
+                    "shorten it, or leave it out",
+                )
             found.append(short)
         except RowProblem as problem:
             problems.add(row.where, problem.what, problem.fix)

@@ -27,7 +27,7 @@ from edgetune.export.source_check import check_source
 from edgetune.export.targets import Target, require_fit
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
-from edgetune.models import context_length, stop_ids
+from edgetune.models import context_length, load_config, stop_ids
 from edgetune.runtime import kernels
 from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.providers import PROVIDERS
@@ -160,9 +160,8 @@ def _put_adapters(
     base: Path, artifact: Path, adapters: Sequence[Adapter], folded: Folded, trust_remote_code: bool
 ) -> dict[str, dict[str, Any]]:
     """Give the graph its branches, and write a file for each adapter. Returns what the manifest says of them."""
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = load_config(base, trust_remote_code=trust_remote_code)
     products = add_branches(artifact / "model.onnx", adapters, config)
     found = {}
     for adapter in adapters:

@@ -31,7 +31,9 @@ _WORDS = 5e7  # bytes of tokenizer, configuration and graph
 _START_S = 20.0  # imports, the builder's start, the contract, a first answer
 _ROUNDED_A_S = 40e6  # weights that are rounded to nearest and written
 _BUILT_A_S = 150e6  # weights that the builder puts into its graph
-_PASSES = 6.0  # forward passes of a calibrated layer, of short rows: it runs as far as each group of matrices, then whole
+_PASSES = (
+    6.0  # forward passes of a calibrated layer, of short rows: it runs as far as each group of matrices, then whole
+)
 _SEARCHED_A_S = 0.6e6  # weights of 4 bits whose scales, zero points and codes GPTQ looks for
 _LEAST_GFLOPS = 20.0  # other programs make the short measurement slower than the work will be
 _FITS = 8.0  # products of a matrix with its Hessian in GPTQ, in floating-point operations a pair

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.files import write_bytes
+from edgetune.models import load_config
 
 
 def write_windows(artifact: Path, merged: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
@@ -45,9 +46,8 @@ def write_windows(artifact: Path, merged: Path, config: dict[str, Any], *, trust
 
 def _windows(merged: Path, trust_remote_code: bool) -> list[int]:
     """How many tokens each layer looks back; 0: all."""
-    from transformers import AutoConfig
 
-    found = AutoConfig.from_pretrained(merged, local_files_only=True, trust_remote_code=trust_remote_code)
+    found = load_config(merged, trust_remote_code=trust_remote_code)
     found = found.get_text_config()
     window, layers = getattr(found, "sliding_window", None) or 0, found.num_hidden_layers
     if getattr(found, "use_sliding_window", True) is False:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from edgetune.errors import InputError, need
 from edgetune.models.base import Base, Source, file_hashes, stated_license
 from edgetune.models.check import check_folder
-from edgetune.models.load import context_length, load_model, load_tokenizer, stop_ids
+from edgetune.models.load import context_length, explained, load_config, load_model, load_tokenizer, stop_ids
 
 if TYPE_CHECKING:
     from edgetune.recipe import ModelSection
@@ -22,6 +22,8 @@ __all__ = [
     "Base",
     "check_folder",
     "context_length",
+    "explained",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "local",

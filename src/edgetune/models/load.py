@@ -13,7 +13,7 @@ from edgetune.models.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
@@ -34,7 +34,7 @@ def load_tokenizer(
     need("torch", "transformers")
     from transformers import AutoTokenizer
 
-    with quiet(), _explained(path, "the tokenizer cannot be loaded"):
+    with quiet(), explained(path, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         _replace_template(tokenizer, Path(chat_template))
@@ -67,6 +67,19 @@ def _replace_template(tokenizer: Any, file: Path) -> None:
         )
 
 
+def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """transformers' configuration of a model folder.
+
+    Raises:
+        InputError: unknown architecture, or numbers that contradict each other.
+    """
+    need("torch", "transformers")
+    from transformers import AutoConfig
+
+    with quiet(), explained(path, "config.json cannot be used"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     path: Path,
     *,
@@ -93,7 +106,7 @@ def load_model(
     need("torch", "transformers")
     from transformers import AutoModelForCausalLM
 
-    with quiet(), _explained(path, "the model cannot be loaded"):
+    with quiet(), explained(path, "the model cannot be loaded"):
         # Wrong shapes are let through here, so that all of them can be named at once below.
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -158,7 +171,7 @@ def context_length(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, what: str) -> Iterator[None]:
+def explained(path: Path, what: str) -> Iterator[None]:
     """Turn what transformers and its libraries raise on a bad folder into an InputError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -177,7 +190,9 @@ def _explained(path: Path, what: str) -> Iterator[None]:
                 f"{what}: not enough memory", where=path, fix="close other programs, or take a smaller model"
             ) from error
         raise _input_error(path, what, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
+    except StrictDataclassError as error:  # its first line names a validator, the cause says what is wrong
+        raise _input_error(path, what, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _input_error(path, what, error) from error
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library raises the base class itself

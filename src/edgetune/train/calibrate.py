@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.data.batch import Encoded
-from edgetune.models import Base
+from edgetune.models import Base, load_config
 from edgetune.models.quiet import quiet
 from edgetune.recipe import TrainSection
 from edgetune.train.threads import threads
@@ -92,12 +92,9 @@ def calibrate(
         OSError: no room for the shallow models (their weights go through the folder for temporary files).
     """
     import psutil
-    import transformers
 
     with quiet(), threads(section.threads):
-        config = transformers.AutoConfig.from_pretrained(
-            base.path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        config = load_config(base.path, trust_remote_code=trust_remote_code)
         layers = _depth(config)
         rows = [Encoded([1 + n % 97 for n in range(row_tokens)], _learned(row_tokens))]
         rows *= max(1, pass_tokens // row_tokens)

@@ -17,7 +17,7 @@ from edgetune.errors import InputError
 from edgetune.export.quantize.plan import parts_of
 from edgetune.export.targets import Target
 from edgetune.files import digest, read_json, sha256_file
-from edgetune.models import Base
+from edgetune.models import Base, load_config
 from edgetune.run import read_manifest
 from edgetune.runtime.artifact import check_adapter_name
 from edgetune.train.merge import check_adapter, is_whole
@@ -92,7 +92,6 @@ def read_adapters(given: Sequence[tuple[str, Path]], base: Base, *, trust_remote
         InputError: a name that cannot be used or is used twice; what is no LoRA adapter, or more than one; an adapter of
             another base; adapters that were trained with different chat templates, or on different 4-bit weights.
     """
-    from transformers import AutoConfig
 
     seen: dict[str, str] = {}
     for name, _ in given:
@@ -101,7 +100,7 @@ def read_adapters(given: Sequence[tuple[str, Path]], base: Base, *, trust_remote
             same = f"the name {name} is given twice" if other == name else f"{other} and {name} differ in case only"
             raise InputError(same, where="--adapter", fix="name each adapter otherwise: --adapter NAME=FOLDER")
         seen[name.lower()] = name
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = load_config(base.path, trust_remote_code=trust_remote_code)
     found = [_read(name, folder, base, config) for name, folder in given]
     _require_alike(found)
     return found

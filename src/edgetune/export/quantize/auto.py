@@ -156,7 +156,7 @@ def _candidates() -> dict[str, Grid]:
 
 def split(rows: Sequence[Encoded], tokens: int) -> tuple[Sequence[Encoded], list[Encoded]]:
     """Training rows to calibrate on, and the last ones to measure on: as many as have so many tokens with loss, a quarter
-    of all at most, each cut to 128 tokens.
+    of all at most, each cut to 128 tokens, or to the first 64 with loss where these come later.
 
     Raises:
         InputError: these have no tokens with loss.
@@ -169,8 +169,9 @@ def split(rows: Sequence[Encoded], tokens: int) -> tuple[Sequence[Encoded], list
         if total >= tokens:
             break
         taken += 1
-        short = cut(row, _LONGEST)
-        if any(short.learned[1:]):
+        begins = next((at for at, learned in enumerate(row.learned) if learned and at), None)
+        if begins is not None:
+            short = cut(row, max(_LONGEST, begins + _LONGEST // 2))
             found.append(short)
             total += sum(short.learned[1:])
     if not found:

@@ -24,6 +24,7 @@ from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, part_names, parts_of
 from edgetune.export.quantize.weights import Weights
 from edgetune.files import write_json
+from edgetune.models import load_config
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +87,8 @@ class Checkpoint:
     def finish(self, *, trust_remote_code: bool = False) -> None:
         """Write the rest of the model in float32, its configuration and its tokenizer."""
         import torch
-        from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self._merged, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = load_config(self._merged, trust_remote_code=trust_remote_code)
         with Weights(self._merged) as weights:
             for name in weights:
                 owner, _, last = name.rpartition(".")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import InputError
+from edgetune.models import explained, load_config
 from edgetune.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -86,20 +87,14 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
     What is computed, not stored (the frequencies of rotary embeddings), is there.
 
     Raises:
-        InputError: transformers does not know the architecture.
+        InputError: transformers does not know the architecture, or config.json contradicts itself.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
-                )
-        except (ValueError, ImportError) as error:
-            raise InputError(f"not a model that can be quantized: {error}", where=folder) from error
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with quiet(), explained(folder, "transformers cannot build this model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     stored = model.state_dict()
     for path, module in model.named_modules():
         computed = [name for name, _ in module.named_buffers(recurse=False) if f"{path}.{name}" not in stored]
