@@ -41,7 +41,8 @@ def cmake_flags(sets: set[str]) -> str:
 def llama_python(given: Path | None) -> Path | None:
     """The Python that has llama-cpp-python: the given one, or that of an environment made here. None: not to be had."""
     flags = cmake_flags(set(cpu()["instruction_sets"]))
-    packages = ["--no-binary", "llama-cpp-python", LLAMA]
+    # What pip keeps of an earlier build may be of other flags.
+    packages = ["--no-cache-dir", "--no-binary", "llama-cpp-python", LLAMA]
     return given or _made("llama.cpp", packages, {"CMAKE_ARGS": flags}, f"built from source ({flags}): 5 to 15 minutes")
 
 
@@ -52,8 +53,8 @@ def openvino_python(given: Path | None) -> Path | None:
 
 def _made(engine: str, packages: list[str], environment: dict[str, str], takes: str) -> Path | None:
     name = packages[-1] if "--no-binary" in packages else packages[0]
-    folder = home() / "benchmarks" / f"{name}-py{sys.version_info[0]}.{sys.version_info[1]}"
-    python, ready, log = folder / "bin" / "python", folder / "ready", folder.with_suffix(".log")
+    folder = home() / "benchmarks" / f"{name.replace('==', '-')}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    python, ready, log = folder / "bin" / "python", folder / "ready", folder.parent / f"{folder.name}.log"
     if ready.is_file():
         return python
     _say(f"making an environment for {engine} in {folder} ({takes})")
