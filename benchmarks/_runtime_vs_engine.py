@@ -47,7 +47,7 @@ def main() -> None:
         for line in sys.stdin:
             say(_done(model, json.loads(line)))
     except Exception as error:  # noqa: BLE001 — whatever an engine raises is told to who started it
-        say({"error": f"{type(error).__name__}: {error}"[:600]})
+        say({"error": " ".join(f"{type(error).__name__}: {error}".split())[:600]})
 
 
 def _done(model: Any, order: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def measure(
                 )
             except EdgetuneError as error:
                 found[entry.name] = {"failed": str(error)}
+        if not readers:
+            return found
         scores = {name: Scores() for name in readers}
         with progress.task("divergence", len(rows)) as shown:
             for number, row in enumerate(rows):
