@@ -130,17 +130,20 @@ def export_model(
 ) -> dict[str, Any]:
     """Make an artifact of a transformers folder, or of a base with adapters that are switched at run time.
 
+    An encoder or a sequence-to-sequence model becomes one for plain ONNX Runtime; see `edgetune.export.plain`.
+
     Args:
         merged: the folder; with `adapters` their base, in any form that `model.id` has.
         out: the artifact; replaced as a whole.
         section: target and context.
         name: the artifact's name; the name of `out`'s folder when not given.
         data: examples in any form, for a target that calibrates; the training rows that lie beside the folder (of
-            adapters: beside the first) in its run when not given.
+            adapters: beside the first) in its run when not given. Of an encoder or a sequence-to-sequence model: rows that
+            the artifact is compared on.
         adapters: each `NAME=FOLDER`, or a folder: an adapter, or the run that holds it.
 
     Returns:
-        The report of `edgetune.export.package.export`, with `path`.
+        The report of `edgetune.export.package.export`, or of `edgetune.export.plain.package.export_plain`, with `path`.
 
     Raises:
         InputError: the model cannot be exported so, or an adapter cannot stay beside it.
@@ -149,6 +152,8 @@ def export_model(
     from edgetune.export.adapters.read import Adapter, require_separable
     from edgetune.export.card import describe
     from edgetune.export.package import export
+    from edgetune.export.plain.kinds import task_of
+    from edgetune.export.plain.package import export_plain
     from edgetune.export.quantized import Examples
     from edgetune.export.targets import target_of
     from edgetune.models import resolve
@@ -162,6 +167,11 @@ def export_model(
     for source in [merged, *(folder for _, folder in given)]:
         _check_out(out, source, "export")
     base = resolve(ModelSection(id=str(merged.absolute() if merged.exists() else merged)))
+    task = task_of(base.path)
+    if task and given:
+        raise InputError(
+            f"a model for {task} has no adapters that are switched", where="--adapter", fix="merge it first"
+        )
     named = name or (out.parent.name if out.name == "artifact" else out.name)
     options = {
         "target": target.options_of_work(),
@@ -174,6 +184,14 @@ def export_model(
         report = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgetune-")))
         artifact = stack.enter_context(staged_folder(out))
         inputs: dict[str, Any] = {"merged": base.digest}
+        if task:
+            told: dict[str, Any] = {
+                "name": named,
+                "chain": {"base": describe(base)},
+                "work": Work("export", inputs, options),
+            }
+            plain = export_plain(base.path, task, target, section.max_length, **told, artifact=artifact, data=data)
+            return {"path": str(out), **plain}
         model, beside_it = base.path, list[Adapter]()
         if given:
             for _, folder in given:

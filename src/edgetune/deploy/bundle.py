@@ -83,10 +83,10 @@ def package(artifact: Path, kind: Kind, out: Path | None = None) -> dict[str, An
     Raises:
         InputError: it is no whole artifact, or the file cannot lie there.
     """
-    from edgetune.runtime.artifact import open_artifact
+    from edgetune.runtime.artifact import open_any
 
     with lease(artifact, "edgetune package"):
-        opened = open_artifact(artifact)
+        opened = open_any(artifact)
         check_names(opened.path / MANIFEST, [*opened.manifest["outputs"], MANIFEST, SBOM])
         root = re.sub(r"[^A-Za-z0-9._-]+", "-", opened.name).strip(".-") or "artifact"
         final = out or Path(root + _SUFFIX[kind])
@@ -220,7 +220,7 @@ def unpack(path: Path, out: Path) -> dict[str, Any]:
     Raises:
         InputError: it is damaged or something else; nothing is written then.
     """
-    from edgetune.runtime.artifact import open_artifact
+    from edgetune.runtime.artifact import open_any
 
     _check_folder(out)
     found = check(path)
@@ -234,7 +234,7 @@ def unpack(path: Path, out: Path) -> dict[str, Any]:
                 for block in blocks(file, member):
                     made.write(block)
                     bar.advance(len(block))
-        open_artifact(staged)  # what was written is what was checked, and is an artifact
+        open_any(staged)  # what was written is what was checked, and is an artifact
     return {"path": str(out), **found.describe()}
 
 

@@ -136,12 +136,13 @@ def _config(files: Sequence[Source], manifest: dict[str, Any]) -> dict[str, Any]
     precision = manifest.get("options", {}).get("target", {}).get("precision")
     about = {"createdAt": manifest.get("created"), "name": manifest.get("name"), "title": manifest.get("name")}
     technical = {"architecture": "transformer", "format": "onnx"}
+    made = "embedding" if manifest.get("task") == "feature-extraction" else "text"
     if precision:
         technical["precision"] = _PRECISIONS.get(precision, precision)
     return {
         "descriptor": {key: value for key, value in about.items() if value}
         | ({"licenses": [base["license"]]} if base.get("license") else {}),
-        "config": technical | {"capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]}},
+        "config": technical | {"capabilities": {"inputTypes": ["text"], "outputTypes": [made]}},
         "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in files]},
     }
 

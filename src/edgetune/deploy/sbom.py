@@ -47,6 +47,7 @@ _SPDX = {
     )
 }
 _RUNTIME = ("onnxruntime", "onnxruntime-genai")
+_PLAIN_RUNTIME = ("onnxruntime", "tokenizers")  # of what is no decoder
 
 
 def sbom(manifest: dict[str, Any], manifest_sha256: str) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def sbom(manifest: dict[str, Any], manifest_sha256: str) -> dict[str, Any]:
     files = [_file("manifest.json", manifest_sha256)]
     files += [_file(name, entry["sha256"]) for name, entry in sorted(manifest["outputs"].items())]
     made_of = [part["bom-ref"] for part in (*base, *data)]
-    needs = [library["bom-ref"] for library in libraries if library["name"] in _RUNTIME]
+    runtime = _RUNTIME if manifest.get("task") in (None, "text-generation") else _PLAIN_RUNTIME
+    needs = [library["bom-ref"] for library in libraries if library["name"] in runtime]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",

@@ -77,10 +77,11 @@ def evaluate(
 def _folder(path: Path) -> Path:
     """The folder of the model; of an edgetune artifact every file is checked."""
     from edgetune.runtime.artifact import MANIFEST, open_artifact
+    from edgetune.runtime.plain.description import FILE
 
     run = path / "artifact"
     folder = run if (run / "genai_config.json").is_file() else path
-    if (folder / "genai_config.json").is_file() and (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in ("genai_config.json", FILE)):
         return open_artifact(folder).path
     if (folder / "genai_config.json").is_file() or (folder / "config.json").is_file():
         return folder.absolute()

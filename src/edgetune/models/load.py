@@ -88,8 +88,10 @@ def load_model(
     attention: str | None = None,
     quantization: Any = None,
     device: str = "cpu",
+    loader: str = "AutoModelForCausalLM",
+    optional: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, ready for inference (`eval`).
+    """Load a model, a causal language model unless told otherwise, from safetensors, ready for inference (`eval`).
 
     Args:
         path: the model folder; nothing is downloaded and no pickle is opened.
@@ -98,17 +100,19 @@ def load_model(
         attention: transformers' name of the attention; its own choice when None.
         quantization: a transformers quantization configuration; weights are quantized while they are read.
         device: where the weights go when they are quantized; otherwise they stay on the CPU.
+        loader: transformers' class that loads it.
+        optional: weights whose names begin so may be missing; they are random then.
 
     Raises:
         InputError: unknown architecture, weights that are missing, of a wrong shape or unreadable.
         EdgetuneError: not enough memory.
     """
     need("torch", "transformers")
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with quiet(), explained(path, "the model cannot be loaded"):
         # Wrong shapes are let through here, so that all of them can be named at once below.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, loader).from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -128,7 +132,7 @@ def load_model(
             where=path,
             fix="config.json and the weights do not belong together: copy both from the same place",
         )
-    missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if optional is None or not name.startswith(optional))
     if missing:
         raise InputError(
             f"{len(missing)} weights are missing from the files, first {missing[0]}; they would be random",

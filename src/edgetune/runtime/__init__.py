@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, overload
 
-if TYPE_CHECKING:
-    from edgetune.runtime.session import Session
+Kind = TypeVar("Kind")
 
 # ONNX Runtime reads this once, when its library is loaded; what the caller's environment says does not count.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -28,19 +27,49 @@ def genai() -> Any:
     return onnxruntime_genai
 
 
-def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Session:
+@overload
+def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Any: ...
+
+
+@overload
+def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True, kind: type[Kind]) -> Kind: ...
+
+
+def load(
+    path: str | Path, threads: int | None = None, *, use_profile: bool = True, kind: type[Any] | None = None
+) -> Any:
     """Verify an artifact's folder and load it.
 
     Args:
         path: the artifact, or the run folder that holds it.
         threads: CPU threads; the device profile's, or all cores, when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
+        kind: what is expected; type checkers then know what comes back.
+
+    Returns:
+        What its task asks for: a `session.Session` of a decoder; of an encoder a `plain.encoder.Embedder`, or a
+        `Classifier`, `Tagger` or `Answerer` of `plain.heads`; a `plain.seq2seq.Seq2Seq`.
 
     Raises:
-        InputError: it is no artifact, or a file of it is missing or changed.
-        EdgetuneError: ONNX Runtime cannot load it, or it does not keep the chat contract.
+        InputError: it is no artifact, a file of it is missing or changed, or it is not what was expected.
+        EdgetuneError: ONNX Runtime cannot load it, or its tokenizer or template is not what the model was trained with.
     """
-    from edgetune.runtime.artifact import open_artifact
-    from edgetune.runtime.session import Session
+    from edgetune.errors import InputError
+    from edgetune.runtime.artifact import Artifact, open_any
 
-    return Session(open_artifact(Path(path)), threads=threads, use_profile=use_profile)
+    artifact = open_any(Path(path))
+    if isinstance(artifact, Artifact):
+        from edgetune.runtime.session import Session
+
+        wanted: Any = Session
+    else:
+        from edgetune.runtime.plain import class_of
+
+        wanted = class_of(artifact.description.task)
+    if kind is not None and not issubclass(wanted, kind):
+        raise InputError(f"gives {wanted.__name__}, not {kind.__name__}", where=path, fix="name another artifact")
+    return (
+        wanted(artifact, threads, use_profile=use_profile)
+        if wanted.__name__ == "Session"
+        else wanted(artifact, threads)
+    )

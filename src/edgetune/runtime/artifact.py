@@ -10,19 +10,24 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.errors import InputError
 from edgetune.files import read_json
 from edgetune.run import FORMAT
+from edgetune.runtime.plain.description import FILE, SEQ2SEQ, TASKS
+
+if TYPE_CHECKING:
+    from edgetune.runtime.plain.artifact import PlainArtifact
 
 MANIFEST = "manifest.json"
 GOLDEN_FORMAT = "edgetune/golden/1"
 _NEEDED = ("genai_config.json", "golden.json", "tokenizer.json", "tokenizer_config.json")
-# What ONNX Runtime GenAI would read though the manifest does not know it.
+# What ONNX Runtime (GenAI) would read though the manifest does not know it.
 _READ_BY_RUNTIME = (
     "genai_config.json",
+    FILE,
     "*.onnx",
     "*.data",
     "*.onnx_adapter",
@@ -38,6 +43,12 @@ NO_ADAPTER = "none"  # asks for the base
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BAR_FROM_BYTES = 1_000_000_000
 _BLOCK = 4 << 20
+_CALLS = {
+    "feature-extraction": ".encode(texts)",
+    "text-classification": ".classify(texts)",
+    "token-classification": ".tag(texts)",
+    "question-answering": ".answer(question, context)",
+}
 _AGAIN = "copy the artifact again, or export it again (`edgetune run … --from export`)"
 
 
@@ -130,10 +141,34 @@ class Artifact:
 
 
 def open_artifact(path: Path) -> Artifact:
+    """Verify a decoder's artifact and read its descriptions; see `open_any`.
+
+    Args:
+        path: the artifact's folder, or the run folder that holds it.
+
+    Raises:
+        InputError: as `open_any`; or it is an encoder's or a sequence-to-sequence model's.
+    """
+    return require_decoder(open_any(path))
+
+
+def require_decoder(artifact: Artifact | PlainArtifact) -> Artifact:
+    """The artifact, where it is a decoder's; raises InputError where it is not."""
+    if isinstance(artifact, Artifact):
+        return artifact
+    task = artifact.description.task
+    raise InputError(
+        f"is a model for {task}; chat, serve, bench, tune, verify and evaluate are for decoders (text-generation)",
+        where=artifact.path,
+        fix="`edgetune generate` answers with it" if task == SEQ2SEQ else f"from Python: load(PATH){_CALLS[task]}",
+    )
+
+
+def open_any(path: Path) -> Artifact | PlainArtifact:
     """Verify an artifact's files and read its descriptions.
 
     Every file that the manifest lists must lie inside the folder with its size and SHA-256, and nothing that
-    ONNX Runtime GenAI would read may be missing from the manifest. Other files are left alone.
+    ONNX Runtime would read may be missing from the manifest. Other files are left alone.
 
     Args:
         path: the artifact's folder, or the run folder that holds it.
@@ -144,6 +179,10 @@ def open_artifact(path: Path) -> Artifact:
     folder = _find(path)
     manifest = _manifest(folder)
     _verify(folder, manifest["outputs"])
+    if manifest.get("task") in TASKS:
+        from edgetune.runtime.plain.artifact import read_plain
+
+        return read_plain(folder, manifest)
     config, golden = read_json(folder / "genai_config.json"), read_json(folder / "golden.json")
     _check_config(folder, config, manifest["outputs"])
     _check_golden_form(folder, golden)
@@ -208,14 +247,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError("the manifest does not list its files with sha256 and bytes", where=where, fix=_AGAIN)
     for name in outputs:
         _check_name(name, where)
-    if "genai_config.json" not in outputs and found.get("stage") not in (None, "export"):
+    if not outputs.keys() & {"genai_config.json", FILE} and found.get("stage") not in (None, "export"):
         raise InputError(
             f"is what the stage {found['stage']} made, not an artifact",
             where=folder,
             fix=f"give {folder.parent / 'artifact'}",
         )
     _check_adapters(found.get("adapters", {}), outputs, where)
-    for name in _NEEDED:
+    for name in () if found.get("task") in TASKS else _NEEDED:
         if name not in outputs:
             raise InputError(f"the manifest does not list {name}", where=where, fix=_AGAIN)
     return found

@@ -78,6 +78,7 @@ _PACKAGES = (
     "edgetune",
     "onnxruntime",
     "onnxruntime-genai",
+    "tokenizers",
     "numpy",
     "torch",
     "transformers",

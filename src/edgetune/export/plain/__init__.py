@@ -1,0 +1,1 @@
+"""Artifacts of encoders and sequence-to-sequence models, for plain ONNX Runtime."""
