@@ -172,7 +172,7 @@ def prepared(
     check = None
     for engine, python in ((LLAMA, llama), (OPENVINO, openvino)):
         if not python:
-            notes.append(f"{engine} is left out: it is not installed.")
+            notes.append(f"{engine} is left out.")
             continue
         known = files or {_FAITHFUL: faithful}
         for kind, file in known.items():
