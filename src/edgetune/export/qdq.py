@@ -10,6 +10,7 @@ much of it is filled: https://onnxruntime.ai/docs/performance/model-optimization
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,9 @@ def _quantize(file: Path, out: Path, shapes: StaticShapes, feeds: list[dict[str,
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._left, None)
 
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it advises everyone to preprocess, through the root logger
     try:
         quantize_static(
             str(file),
@@ -131,6 +135,8 @@ def _quantize(file: Path, out: Path, shapes: StaticShapes, feeds: list[dict[str,
         raise EdgetuneError(
             f"ONNX Runtime cannot quantize the graph: {first_line(error)}", where="export", fix="report this model"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _overrides(file: Path, shapes: StaticShapes) -> dict[str, list[dict[str, Any]]]:
