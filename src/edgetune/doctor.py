@@ -165,7 +165,7 @@ def _kernel_rows(found: dict[str, float]) -> list[tuple[str, str]]:
     bad = [f"{name} is wrong by {error:.0%}" for name, error in found.items() if not error <= kernels.MOST_ERROR]
     how = f"NOT RIGHT: {'; '.join(bad)}: use artifacts without it" if bad else f"right: {', '.join(found)}"
     if not bad and kernels.overflows():
-        how += " (without VNNI: int8 weights are made uint8 at loading, to be right)"
+        how += " (int8 weights are made uint8 when they are loaded: without VNNI their products overflow)"
     return [("quantized products", how)] if found else []
 
 

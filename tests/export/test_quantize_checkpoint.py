@@ -23,7 +23,7 @@ from edgetune.export.quantize.smooth import round_inputs
 from edgetune.export.quantize.weights import Weights, skeleton
 from edgetune.export.quantized import BUILDER_OPTIONS
 from edgetune.models import load_model
-from edgetune.runtime import kernels
+from edgetune.runtime.kernels import session_options
 from edgetune.runtime.providers import open_session
 from edgetune.runtime.speculation import MOST_ROWS, ROW_TOKENS
 
@@ -159,9 +159,6 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     finish(artifact / "model.onnx", checkpoint, writer.int8, 512)
-    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
-    config["model"]["decoder"]["session_options"] = kernels.SESSION  # as `export.decoder` does
-    (artifact / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
     return artifact
 
 
@@ -193,7 +190,7 @@ def _last_and_rows(artifact: Path, ids: list[int]) -> tuple[torch.Tensor, list[i
     import numpy as np
 
     decoder = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-    session = open_session(artifact / "model.onnx", session_options=kernels.SESSION)
+    session = open_session(artifact / "model.onnx", session_options=session_options(artifact / "model.onnx"))
     feed = {}
     for found in session.get_inputs():
         if found.name.startswith("past"):

@@ -15,10 +15,18 @@ def test_this_processor_computes_right() -> None:
     assert kernels.wrong() == {}
 
 
-def test_int8_weights_are_right_because_of_the_session_options() -> None:
+def test_int8_weights_are_loaded_otherwise_only_where_they_overflow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     plain = kernels.errors({})
     assert kernels.overflows() == (plain["int8 activations"] > kernels.MOST_ERROR)
-    assert max(error for name, error in plain.items() if name != "int8 activations") <= kernels.MOST_ERROR
+    assert max(kernels.errors(kernels.RIGHT).values()) <= kernels.MOST_ERROR
+    graph, other = Path(kernels.__file__).with_name("kernels.onnx"), tmp_path / "other.onnx"
+    other.write_bytes(graph.read_bytes().replace(b"DynamicQuantizeMatMul", b"D"))
+    for yes in (False, True):
+        monkeypatch.setattr(kernels, "overflows", lambda yes=yes: yes)
+        assert kernels.session_options(graph) == (kernels.RIGHT if yes else {})
+        assert kernels.session_options(other) == {}
 
 
 def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,11 @@ from edgetune.runtime.artifact import NO_ADAPTER, adapter_file
 if TYPE_CHECKING:
     from edgetune.models import Base
 
+_OVERFLOW = (
+    " On an x86 processor without VNNI set its session option `session.x64quantprecision` to 1 there: without it 8-bit products "
+    "overflow. edgetune sets it where it is needed."
+)
+
 
 def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dict[str, Any]]) -> str:
     """Markdown with front matter in the hub's format.
@@ -51,7 +56,7 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
         "edgetune chat PATH/TO/THIS/FOLDER",
         "```",
         "",
-        "It loads unchanged in `onnxruntime-genai`, too.",
+        "It loads unchanged in `onnxruntime-genai`, too." + (_OVERFLOW if _has_int8_products(target) else ""),
         "",
     ]
     lines += _adapters(reports)
@@ -70,6 +75,16 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
         "Licence: " + (f"{license_name}, as the base model's." if license_name else "that of the base model."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _has_int8_products(target: Target) -> bool:
+    section = target.quantization
+    if target.provider != "cpu" or section is None:
+        return False
+    plan = section.plan()
+    return section.method == "auto" or any(
+        grid.activations == "int8" for grid in (plan.default, *plan.modules.values())
+    )
 
 
 def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -28,7 +28,6 @@ from edgetune.export.targets import Target, require_fit
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
 from edgetune.models import context_length, load_config, stop_ids
-from edgetune.runtime import kernels
 from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.providers import PROVIDERS
 
@@ -98,7 +97,6 @@ def export_decoder(
     config["model"]["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     _name_provider(config, target)
     if target.quantization:
-        config["model"]["decoder"].setdefault("session_options", {}).update(kernels.SESSION)
         config["model"]["context_length"] = limit  # the graph has no angles for positions beyond
     config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
     write_json(artifact / "genai_config.json", config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.export.quantize.rows import all_rows
 from edgetune.files import read_json
+from edgetune.runtime.kernels import session_options
 from edgetune.runtime.providers import open_session, shares
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class _Step:
         with _explained(file, f"ONNX Runtime cannot load the graph on {provider}"):
             options = decoder.get("session_options") or {}
             own = {key: str(options[key]) for key in _ARITHMETIC if key in options}
+            if provider == "cpu":
+                own |= session_options(file)
             self.session = open_session(file, provider, default_threads(), _unpruned(file), own)
         self._file, self._decoder = file, decoder
         self._inputs = {found.name: found for found in self.session.get_inputs()}

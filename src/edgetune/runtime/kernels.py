@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import numpy as np
 
 COLUMNS, ROWS, BLOCK = 256, 64, 32
-# Session options of artifacts with int8 activations. Without VNNI, x86's products of uint8 inputs and int8 weights overflow
-# 16 bits, silently; with this, ONNX Runtime makes such weights uint8 when it loads a graph. Elsewhere it does nothing.
-SESSION = {"session.x64quantprecision": "1"}
+# Without VNNI, x86's products of uint8 inputs and int8 weights overflow 16 bits, silently; with this session option ONNX
+# Runtime makes such weights uint8 when it loads a graph. It does so with VNNI, too, where that is slower and needless.
+RIGHT = {"session.x64quantprecision": "1"}
 MOST_ERROR = 0.05  # relative, of the outputs' norm; rounding inputs to 8 bits costs under 0.02
 
 
@@ -73,11 +75,11 @@ def inputs(count: int) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def errors(session: Mapping[str, str] = SESSION) -> dict[str, float]:
+def errors(session: Mapping[str, str] | None = None) -> dict[str, float]:
     """Relative error of each kernel here, the larger of one row and of many, by `Kernel.name`. Takes some milliseconds.
 
     Args:
-        session: session options of ONNX Runtime to load the products with.
+        session: session options of ONNX Runtime to load the products with; those that artifacts get here when None.
 
     Raises:
         OSError: the file that comes with edgetune is missing.
@@ -89,6 +91,8 @@ def errors(session: Mapping[str, str] = SESSION) -> dict[str, float]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     graph = importlib.resources.files("edgetune.runtime").joinpath("kernels.onnx").read_bytes()
+    if session is None:
+        session = RIGHT if overflows() else {}
     for key, value in session.items():
         options.add_session_config_entry(key, value)
     loaded = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -108,8 +112,18 @@ def errors(session: Mapping[str, str] = SESSION) -> dict[str, float]:
 
 @functools.cache
 def overflows() -> bool:
-    """Whether int8 weights overflow on this processor, unless `SESSION` has them made uint8, which is slower."""
+    """Whether products of int8 weights and 8-bit inputs overflow on this processor, unless they are loaded with `RIGHT`."""
     return not errors({})["int8 activations"] <= MOST_ERROR
+
+
+def session_options(graph: Path) -> dict[str, str]:
+    """Session options of ONNX Runtime that a graph needs to be computed right on this processor's cores.
+
+    Raises OSError when the graph cannot be read.
+    """
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        concerned = content.find(b"DynamicQuantizeMatMul") >= 0
+    return dict(RIGHT) if concerned and overflows() else {}
 
 
 def wrong() -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from edgetune.errors import EdgetuneError, first_line
 from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.kernels import session_options
 from edgetune.runtime.memory import trim, use_huge_pages
 from edgetune.runtime.profile import Settings
 from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
@@ -41,7 +42,9 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
     options = settings.overlay()
     own = named(artifact.config)
     provider = provider or own
-    if provider != "cpu":
+    if provider == "cpu":
+        options |= _right(artifact)
+    else:
         require(provider, artifact.name)
     og = genai()
     register_genai(og, provider)
@@ -66,3 +69,9 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
     if settings.huge_pages and artifact.size_mb >= _HUGE_FROM_MB:
         threading.Thread(target=use_huge_pages, name="huge pages", daemon=True).start()
     return loaded
+
+
+def _right(artifact: Artifact) -> dict[str, str]:
+    """Session options that the artifact's graph needs on this processor; a pipeline of graphs needs none."""
+    name = artifact.config["model"]["decoder"].get("filename")
+    return session_options(artifact.path / name) if name else {}

@@ -31,7 +31,7 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = checked_threads(threads)
-        for key, value in kernels.SESSION.items():
+        for key, value in kernels.session_options(file).items():
             options.add_session_config_entry(key, value)
         self._file = file
         try:
