@@ -137,7 +137,7 @@ def test_calibration_is_closer_to_the_model_than_rounding(model: str, request: p
     assert apart["gptq"] < 0.85 * apart["min_max"]
 
 
-def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
+def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool = False) -> Path:
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
     checkpoint.mkdir()
     artifact.mkdir()
@@ -158,7 +158,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path) -> Path:
     os.close(reading)
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    finish(artifact / "model.onnx", checkpoint, writer.int8, 512)
+    finish(artifact / "model.onnx", checkpoint, writer.int8, 512, unsigned=unsigned)
     return artifact
 
 
@@ -201,11 +201,15 @@ def _last_and_rows(artifact: Path, ids: list[int]) -> tuple[torch.Tensor, list[i
     return torch.from_numpy(logits), tokens[0].tolist()
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("model", ["tiny_model", "phi3"])
-def test_the_graph_rounds_activations_as_we_do(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_graph_rounds_activations_as_we_do(
+    model: str, unsigned: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(model)
     plan = Plan(Grid(8, activations="int8"), {"o_proj": Grid(4, 32), "lm_head": Grid(8, 32)}, "min_max", most_error=1.0)
-    artifact, found, floats = _build(folder, plan, _rows(), tmp_path), {}, {}
+    artifact, found, floats = _build(folder, plan, _rows(), tmp_path, unsigned=unsigned), {}, {}
+    assert bool(_stored(artifact, ".uint8")) == unsigned != bool(_stored(artifact, ".int8"))
     quantize_model(folder, plan, _rows(), found.__setitem__, keep_float=floats.__setitem__)
     rounded, ids = _rounded(folder, found), list(range(5, 60))
     assert any("norm" in name for name in floats)
@@ -218,6 +222,13 @@ def test_the_graph_rounds_activations_as_we_do(model: str, tmp_path: Path, reque
     found_logits = _logits(artifact, ids)
     assert (found_logits - wanted).square().mean() < 1e-3 * wanted.square().mean()
     assert _ops(artifact)["DynamicQuantizeMatMul"] == 6  # qkv, gate and up, down
+
+
+def _stored(artifact: Path, ending: str) -> list[str]:
+    import onnx
+
+    graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
+    return [tensor.name for tensor in graph.initializer if tensor.name.endswith(ending)]
 
 
 def _ops(artifact: Path) -> Counter[str]:

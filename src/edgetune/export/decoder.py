@@ -28,6 +28,7 @@ from edgetune.export.targets import Target, require_fit
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
 from edgetune.models import context_length, load_config, stop_ids
+from edgetune.runtime import kernels
 from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.providers import PROVIDERS
 
@@ -150,7 +151,8 @@ def _quantize_and_build(
             trust_remote_code=trust_remote_code,
         )
         peak = _build(checkpoint, target, artifact, log, trust_remote_code)
-        finish(artifact / "model.onnx", checkpoint, int8, context)
+        unsigned = section.unsigned or (section.method == "auto" and bool(int8) and kernels.overflows())
+        finish(artifact / "model.onnx", checkpoint, int8, context, unsigned=unsigned)
     return peak, found
 
 

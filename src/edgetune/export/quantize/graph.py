@@ -25,7 +25,7 @@ _LARGE, _ALIGNMENT = 1 << 23, 65_536  # bytes: a large tensor starts where Windo
 _SMALL = 1_024  # bytes: stays in the graph file
 
 
-def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int) -> None:
+def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int, *, unsigned: bool = False) -> None:
     """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
 
     Args:
@@ -33,6 +33,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
         checkpoint: the quantized checkpoint that it was made from.
         int8: full names of the matrices that are to be computed with int8 activations.
         context: the artifact's, in tokens: angles of rotary embeddings are kept for so many positions.
+        unsigned: store these matrices as uint8.
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -41,7 +42,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
 
     model = ir.load(graph_file)
     _put_embedding(model.graph, graph_file, checkpoint)
-    put_kernels(model.graph, graph_file, int8)
+    put_kernels(model.graph, graph_file, int8, unsigned=unsigned)
     halve_scales(model.graph)
     _trim_angles(model.graph, context)
     put_rows(model.graph)

@@ -21,13 +21,14 @@ DOMAIN = "com.microsoft"
 _STORED = ("qweight", "scales", "qzeros")
 
 
-def put_kernels(graph: ir.Graph, graph_file: Path, int8: Iterable[str]) -> None:
+def put_kernels(graph: ir.Graph, graph_file: Path, int8: Iterable[str], *, unsigned: bool = False) -> None:
     """Give every quantized matrix of the decoder layers its kernel.
 
     Args:
         graph: as the builder made it: each matrix a `MatMulNBits`.
         graph_file: for messages.
         int8: full names of the matrices that are to be computed with int8 activations.
+        unsigned: store these as uint8 with the zero point 128, in place of int8.
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -59,6 +60,9 @@ def put_kernels(graph: ir.Graph, graph_file: Path, int8: Iterable[str]) -> None:
     for node in nodes:  # in the graph's order, so that the same model gives the same files
         if node in rounded and node not in joined:
             _replace(graph, [node], node.outputs[0], True)
+    if unsigned:
+        for node in [node for node in graph if node.op_type == "DynamicQuantizeMatMul"]:
+            _make_unsigned(graph, node)
 
 
 def halve_scales(graph: ir.Graph) -> None:
@@ -239,6 +243,26 @@ def _int8(nodes: list[ir.Node]) -> list[Any]:
     name = _name(nodes)
     weights = ir.LazyTensor(turned, ir.DataType.INT8, ir.Shape([columns, sum(counts)]), name=f"{name}.int8")
     return [weights, ir.tensor(np.concatenate(scales), name=f"{name}.int8_scales")]
+
+
+def _make_unsigned(graph: ir.Graph, node: ir.Node) -> None:
+    """uint8 weights and their zero point in place of a node's int8 ones: the same numbers, by kernels that do not overflow."""
+    import numpy as np
+    import onnx_ir as ir
+
+    old, source = node.inputs[1], _stored(node, 1)
+    name = f"{str(source.name).removesuffix('.int8')}.uint8"
+
+    def turned() -> ir.TensorProtocol:
+        return ir.tensor(source.numpy().view(np.uint8) ^ 0x80)
+
+    weights = ir.LazyTensor(turned, ir.DataType.UINT8, source.shape, name=name)
+    made, zero = register(graph, [weights, ir.tensor(np.array(128, np.uint8), name=f"{name}_zero")])
+    node.replace_input_with(1, made)
+    node.resize_inputs(4)
+    node.replace_input_with(3, zero)
+    assert old is not None
+    del graph.initializers[old.name or ""]
 
 
 def _name(nodes: list[ir.Node]) -> str:

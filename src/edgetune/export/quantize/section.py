@@ -52,6 +52,11 @@ class QuantizationSection(GridSection):
         description="Other grids, by the last part of a module's name (`down_proj`) or its full name "
         "(`model.layers.3.mlp.down_proj`). `lm_head` is the head, and a tied embedding.",
     )
+    unsigned: bool = Field(
+        False,
+        description="Store weights that are computed with int8 activations as uint8, for x86 processors without VNNI, where int8 "
+        "has to be converted at each start and is slower. With VNNI, int8 is faster.",
+    )
     calibration_tokens: int = Field(8192, ge=1000, description="Tokens of training rows to calibrate on.")
 
     @model_validator(mode="after")
