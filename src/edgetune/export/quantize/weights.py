@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,17 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """The tensors of a transformers folder; the files stay open, and only what is asked for is read."""
+    """The tensors of a transformers folder; only what is asked for is read.
+
+    A file is mapped for one tensor at a time: pages that were read stay resident as long as their file is mapped, so that in the
+    end a process would hold the whole model.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
 
     def __enter__(self) -> Weights:
-        from safetensors import safe_open
-
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -35,12 +35,12 @@ class Weights:
         for name in names:
             if not (self.folder / name).is_file():
                 raise InputError("the model's weights are missing", where=self.folder / name, fix="merge it again")
-            file = self._open.enter_context(safe_open(str(self.folder / name), "pt"))
-            self._files.update(dict.fromkeys(file.keys(), file))
+            with _opened(self.folder / name) as file:
+                self._files.update(dict.fromkeys(file.keys(), self.folder / name))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._open.close()
+        self._files = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -50,13 +50,15 @@ class Weights:
 
     def shape(self, name: str) -> list[int]:
         """One tensor's shape; the tensor is not read."""
-        return list(self._files[name].get_slice(name).get_shape())
+        with _opened(self._files[name]) as file:
+            return list(file.get_slice(name).get_shape())
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, float32. Raises InputError when the model lacks it or it holds NaN or infinity."""
         if name not in self._files:
             raise InputError(f"the model has no weight {name}", where=self.folder, fix="merge it again")
-        found = self._files[name].get_tensor(name).float()
+        with _opened(self._files[name]) as file:
+            found = file.get_tensor(name).float()
         if not found.isfinite().all():
             raise InputError(f"{name} holds numbers that are not finite", where=self.folder, fix="train again")
         tensor: torch.Tensor = found
@@ -74,6 +76,12 @@ class Weights:
                 setattr(place, last, torch.nn.Parameter(tensor, requires_grad=False))
             else:
                 setattr(place, last, tensor)
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(file), "pt")
 
 
 def empty(module: torch.nn.Module) -> None:
