@@ -102,7 +102,7 @@ def needs(folder: Path, target: Target, *, steps: int = 0) -> Needs:
         + 4 * max((_SEARCHED if searched else _MATRIX) * found.largest, 2 * found.layer)
         + calibration * 8 * columns
         + (20 * columns**2 if plan.method == "gptq" else 0),
-        2 * _PROCESS + size,
+        2 * _PROCESS + 2 * size,  # the builder maps the checkpoint and makes the graph's weights
         _PROCESS + _LOADED * size,
         _PROCESS + 1.5 * floats if steps else 0,
     )
