@@ -58,18 +58,16 @@ def load(
     from edgetune.runtime.artifact import Artifact, open_any
 
     artifact = open_any(Path(path))
+    wanted: Any
+    settings: dict[str, bool]
     if isinstance(artifact, Artifact):
         from edgetune.runtime.session import Session
 
-        wanted: Any = Session
+        wanted, settings = Session, {"use_profile": use_profile}
     else:
         from edgetune.runtime.plain import class_of
 
-        wanted = class_of(artifact.description.task)
+        wanted, settings = class_of(artifact.description.task), {}
     if kind is not None and not issubclass(wanted, kind):
         raise InputError(f"gives {wanted.__name__}, not {kind.__name__}", where=path, fix="name another artifact")
-    return (
-        wanted(artifact, threads, use_profile=use_profile)
-        if wanted.__name__ == "Session"
-        else wanted(artifact, threads)
-    )
+    return wanted(artifact, threads, **settings)

@@ -92,7 +92,6 @@ def read_adapters(given: Sequence[tuple[str, Path]], base: Base, *, trust_remote
         InputError: a name that cannot be used or is used twice; what is no LoRA adapter, or more than one; an adapter of
             another base; adapters that were trained with different chat templates, or on different 4-bit weights.
     """
-
     seen: dict[str, str] = {}
     for name, _ in given:
         check_adapter_name(name, "--adapter")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.export.quantize.graph import store
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.kernels import DOMAIN, register
 from edgetune.export.quantize.rtn import min_max
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DATA = "model.onnx.data"
-_LARGE, _ALIGNMENT = 1 << 23, 65_536  # bytes: a large tensor starts where Windows, too, can map a file
 _SMALL = 256  # bytes: stays in the graph file, where shapes are inferred from it
 _WORTH = 1 << 12  # weights: smaller matrices, heads with a few labels above all, stay as they are
 _INT8 = 4  # `accuracy_level` of MatMulNBits: inputs are rounded to 8 bits too, with a scale for each block of a row
@@ -110,7 +110,7 @@ def write_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
     """
     import onnx_ir as ir
 
-    placed: dict[str, int] = {}  # where a tensor lies, by its content
+    placed: dict[Any, int] = {}  # where a tensor lies, by its content
     with (folder / DATA).open("wb") as data:
         for model in models.values():
             _strip(model)
@@ -121,21 +121,7 @@ def write_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
                 if tensor.nbytes < _SMALL and tensor.dtype != ir.DataType.UINT8:
                     value.const_value = ir.tensor(tensor.numpy().copy(), name=value.name)
                     continue
-                content = tensor.tobytes()
-                key = hashlib.sha256(content).hexdigest()
-                if key not in placed:
-                    data.write(bytes(-data.tell() % (_ALIGNMENT if tensor.nbytes >= _LARGE else 64)))
-                    placed[key] = data.tell()
-                    data.write(content)
-                value.const_value = ir.ExternalTensor(
-                    DATA,
-                    placed[key],
-                    tensor.nbytes,
-                    tensor.dtype,
-                    shape=ir.Shape(tensor.shape.numpy()),
-                    name=value.name or "",
-                    base_dir=folder,
-                )
+                store(value, data, placed, hashlib.sha256(tensor.tobytes()).hexdigest(), folder / DATA)
         data.flush()
         os.fsync(data.fileno())
     for name, model in models.items():

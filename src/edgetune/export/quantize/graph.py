@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.quantize.checkpoint import EMBEDDING_FILE
@@ -136,7 +136,7 @@ def _save(model: ir.Model, graph_file: Path) -> None:
 
     location = f"{graph_file.name}.data"
     old, new = graph_file.parent / location, graph_file.parent / f"{location}.new"
-    placed: dict[tuple[int | None, int | None], int] = {}  # where bytes of the old file lie in the new one
+    placed: dict[Any, int] = {}  # where bytes of the old file lie in the new one
     with new.open("wb") as data:
         for value in model.graph.initializers.values():
             tensor = value.const_value
@@ -146,20 +146,37 @@ def _save(model: ir.Model, graph_file: Path) -> None:
                 value.const_value = ir.tensor(tensor.numpy().copy(), name=value.name)
                 continue
             key = (tensor.offset, tensor.length) if isinstance(tensor, ir.ExternalTensor) else (id(tensor), None)
-            if key not in placed:
-                data.write(bytes(-data.tell() % (_ALIGNMENT if tensor.nbytes >= _LARGE else 64)))
-                placed[key] = data.tell()
-                data.write(tensor.tobytes())
-            value.const_value = ir.ExternalTensor(
-                location,
-                placed[key],
-                tensor.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=value.name or "",
-                base_dir=graph_file.parent,
-            )
+            store(value, data, placed, key, old)
         data.flush()
         os.fsync(data.fileno())
     new.replace(old)
     ir.save(model, graph_file)
+
+
+def store(value: ir.Value, data: BinaryIO, placed: dict[Any, int], key: Any, file: Path) -> None:
+    """Write an initializer's bytes, unless they lie in the file already, and have the graph read them from there.
+
+    Args:
+        value: with a tensor.
+        data: the file, open, at its end.
+        placed: where tensors lie in it, by key; told of this one.
+        key: what two tensors share whose bytes are to lie there once.
+        file: the file that the graph is to name.
+    """
+    import onnx_ir as ir
+
+    tensor = value.const_value
+    assert tensor is not None
+    if key not in placed:
+        data.write(bytes(-data.tell() % (_ALIGNMENT if tensor.nbytes >= _LARGE else 64)))
+        placed[key] = data.tell()
+        data.write(tensor.tobytes())
+    value.const_value = ir.ExternalTensor(
+        file.name,
+        placed[key],
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name or "",
+        base_dir=file.parent,
+    )
