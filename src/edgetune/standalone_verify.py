@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import InputError, require_extra
-from edgetune.files import digest, read_json, write_json
+from edgetune.files import digest, write_json
 from edgetune.leases import lease
 from edgetune.progress import say
 from edgetune.recipe import DataSection, ModelSection, Recipe, VerifySection
-from edgetune.run import MANIFEST, NOT_CONTENT, read_manifest
+from edgetune.run import NOT_CONTENT, read_manifest
 
 if TYPE_CHECKING:
     from edgetune.data.render import Encoded, Renderer, TrainOn
@@ -50,11 +50,10 @@ def verify_artifact(
     """
     from edgetune.data.render import Renderer
     from edgetune.export.card import stamp
-    from edgetune.export.readers import ends, longest, provider_of
+    from edgetune.export.readers import adapter_of, ends, longest, model_at, provider_of
     from edgetune.export.targets import limits_of
     from edgetune.export.verify import verify
     from edgetune.models import load_tokenizer
-    from edgetune.runtime.artifact import Artifact
 
     require_extra("export")
     found = model_at(artifact, "artifact")
@@ -72,7 +71,7 @@ def verify_artifact(
             fix="name a file of examples: --data FILE",
         )
     _tell_of_another_origin(found, against)
-    switched = Artifact(found, read_manifest(found), {}, {}).adapter(adapter)
+    switched = adapter_of(found, adapter)
     section, train_on = settings_beside(run)
     if not (run / "recipe.json").is_file():
         section = section.model_copy(update={"limits": limits_of(found)})
@@ -93,39 +92,6 @@ def verify_artifact(
         write_json(out / "report.json", report)
     stamp(found, report)
     return {"path": str(found), "against": str(against), **report}
-
-
-def model_at(path: Path, output: Literal["artifact", "merged"]) -> Path:
-    """The folder of a model that is to be compared, checked as far as its files can be.
-
-    Args:
-        path: a folder with genai_config.json, whose hashes are verified where it has edgetune's manifest; a transformers
-            folder; a GGUF file; `package:NAME`; a run.
-        output: which of a run's folders is meant.
-
-    Raises:
-        InputError: it is none of these, or broken.
-    """
-    from edgetune.export.readers import is_graph
-    from edgetune.models import resolve
-    from edgetune.models.packaged import PREFIX
-    from edgetune.runtime.artifact import open_artifact
-
-    if (path / "recipe.json").is_file() and (path / output).is_dir():
-        path = path / output
-    if is_graph(path):
-        made_here = (path / MANIFEST).is_file() and str(_format(path)).startswith("edgetune/")
-        return open_artifact(path).path if made_here else path.resolve()
-    if path.is_file() or (path / "config.json").is_file() or str(path).startswith(PREFIX):
-        return resolve(ModelSection(id=str(path))).path
-    if output == "artifact":
-        return open_artifact(path).path  # says what it is instead
-    return resolve(ModelSection(id=str(path.absolute()))).path  # likewise
-
-
-def _format(folder: Path) -> Any:
-    found = read_json(folder / MANIFEST)
-    return found.get("format") if isinstance(found, dict) else None
 
 
 def _tell_of_another_origin(artifact: Path, merged: Path) -> None:

@@ -419,6 +419,26 @@ def test_targets_that_cannot_have_adapters(target: str, tiny_model: Path, two: d
     assert caught.value.where == "export.adapters"
 
 
+def test_the_harness_scores_the_adapter_that_is_on(skills: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from edgetune import progress
+    from edgetune.export.harness import Folder
+
+    alone = Path(shutil.copytree(skills, tmp_path / "alone"))
+    manifest = read_manifest(alone)
+    edit_json(alone / "manifest.json", adapters={"narrow": manifest["adapters"]["narrow"]})
+    scores = {}
+    with progress.task("test") as bar:
+        asked = [(skills, "wide"), (skills, "narrow"), (skills, None), (skills, "none"), (alone, None), (alone, "none")]
+        for folder, name in asked:
+            model = Folder(folder, bar, None, name)
+            ((score, _),) = model._loglikelihood_tokens([(None, model.tok_encode(PROMPT), model.tok_encode(" France"))])
+            scores[folder.name, name] = score
+    assert len({scores["skills", name] for name in ("wide", "narrow", "none")}) == 3
+    assert scores["skills", None] == scores["skills", "none"] == scores["alone", "none"]  # of several none is on
+    assert scores["alone", None] == scores["skills", "narrow"]  # a single one is
+
+
 def test_chat_switches_and_lists_them(skills: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with load(skills) as session:
         talk = Chat(session, Conversation(), GenerationOptions(max_tokens=2), interactive=False)

@@ -57,7 +57,7 @@ def test_both_models_are_scored_alike(
     assert found["tasks"]["own"]["rows"] == 6 and json.loads(out.read_text()) == found
     assert numbers["values"][0] == numbers["values"][1] and numbers["difference_stderr"] == 0.0  # a float32 artifact
     columns, lines = module.table(found)
-    assert len(columns) == len(lines[0]) == 6
+    assert len(columns) == len(lines[0]) == 6 and found["adapters"] == [None, None]
     with pytest.raises(InputError, match="no such task: nowhere"):
         module._load(["nowhere"], None, None)
 
@@ -90,4 +90,4 @@ def test_scores_are_those_of_transformers(tiny_model: Path) -> None:
 def test_what_holds_no_model_is_exit_2(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = edgetune("evaluate", tmp_path, "--tasks", "capitals")
-    assert done.returncode == 2 and "holds no model" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "is not an artifact" in done.stderr and "Traceback" not in done.stderr

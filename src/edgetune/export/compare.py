@@ -15,13 +15,13 @@ from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError, need
 from edgetune.export.graph_reader import CONFIG
-from edgetune.export.readers import ends, is_graph
+from edgetune.export.readers import ends, is_graph, model_at
 from edgetune.files import digest, folder_size, read_json, write_json
 from edgetune.progress import say
 from edgetune.recipe import BenchSection
 from edgetune.run import FORMAT as SEALED
 from edgetune.run import MANIFEST, NOT_CONTENT, outputs, read_manifest
-from edgetune.standalone_verify import model_at, verify_artifact
+from edgetune.standalone_verify import verify_artifact
 
 FORMAT = "edgetune/compare/1"
 # The measures of a row: whether less is better. The first three decide what is Pareto-optimal.

@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError, first_line, require_extra
+from edgetune.export.readers import adapter_of, model_at
 from edgetune.files import write_json
 
 _BOOTSTRAP = 1000  # samples for the standard errors of metrics that are no means
@@ -33,37 +34,43 @@ def evaluate(
     limit: int | None = None,
     chat: bool = False,
     provider: str | None = None,
+    adapter: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Run tasks on one model or two.
 
     Args:
-        artifact: artifact or run folder, its hashes checked; or any folder that ONNX Runtime GenAI or transformers loads.
-        against: a second such folder.
+        artifact: artifact or run folder, its hashes checked; a folder of another tool's with genai_config.json; a
+            transformers folder, a GGUF file, or `package:NAME`.
+        against: a second one of these; of a run its merged model.
         tasks: names of tasks, groups or tags, several with commas between; or YAML files of tasks.
         include: folder with further tasks.
         shots: solved examples before each question; the task's own number when None.
         limit: only the first rows of each task; all when None.
         chat: ask through the chat template.
         provider: where the artifact runs; what it was made for when None.
+        adapter: of an artifact that carries adapters, which one is on; `none`: the base; its only one when None.
         out: JSON file for the result.
 
     Returns:
-        `models` (paths), `tasks`: for each `metrics`: for each metric `values` and `stderr` (one a model), and with two
+        `models` (paths), `names`, `adapters` (the one that is on in each, or None), `tasks`: for each `metrics`: for each metric `values` and `stderr` (one a model), and with two
         models `difference` and `difference_stderr` (paired by row); `rows`, `shots`, `version`; `versions`.
 
     Raises:
-        InputError: lm-evaluation-harness is not installed, there is no such task, or its data cannot be had; the artifact's
-            execution provider is missing here.
+        InputError: lm-evaluation-harness is not installed, there is no such task or adapter, or its data cannot be had;
+            the artifact's execution provider is missing here.
     """
     require_extra("evaluate")
-    folders = [_folder(path) for path in (artifact, against) if path is not None]
+    folders = [_folder(artifact, "artifact"), *([] if against is None else [_folder(against, "merged")])]
+    on = [adapter_of(folders[0], adapter), *map(adapter_of, folders[1:])]
+    asked = [(provider, adapter), (None, None)]  # of the artifact; the other model is what it is by itself
     with _quiet():
         loaded = _load(tasks, include, shots)
-        asked = (provider, None)  # of the artifact; the other model runs on what it was made for
-        results = [_run(f, loaded, limit, chat, where) for f, where in zip(folders, asked, strict=False)]
+        results = [_run(folder, loaded, limit, chat, *how) for folder, how in zip(folders, asked, strict=False)]
     found = {
         "models": [str(folder) for folder in folders],
+        "names": [_named(*one) for one in zip((artifact, against), folders, on, strict=False)],
+        "adapters": on,
         "tasks": {name: _task(name, results, loaded) for name in results[0]["results"]},
         "limit": limit,
         "chat": chat,
@@ -74,19 +81,20 @@ def evaluate(
     return found
 
 
-def _folder(path: Path) -> Path:
-    """The folder of the model; of an edgetune artifact every file is checked."""
-    from edgetune.runtime.artifact import MANIFEST, open_artifact
+def _folder(path: Path, output: Literal["artifact", "merged"]) -> Path:
+    """The folder of the model. Raises InputError: there is none, it is broken, or it is no decoder's."""
+    from edgetune.runtime.artifact import open_artifact
     from edgetune.runtime.plain.description import FILE
 
-    run = path / "artifact"
-    folder = run if (run / "genai_config.json").is_file() else path
-    if (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in ("genai_config.json", FILE)):
-        return open_artifact(folder).path
-    if (folder / "genai_config.json").is_file() or (folder / "config.json").is_file():
-        return folder.absolute()
-    fix = "give an artifact, a run, or a transformers folder"
-    raise InputError("holds no model" if folder.is_dir() else "no such folder", where=path, fix=fix)
+    if (path / FILE).is_file():
+        open_artifact(path)  # says what it is instead
+    return model_at(path, output)
+
+
+def _named(given: Path | None, folder: Path, adapter: str | None) -> str:
+    """What people call a model: its folder or file, and the adapter that is on."""
+    name = folder.name if given is None or given.is_dir() else given.name
+    return f"{name}, {adapter}" if adapter else name
 
 
 @contextlib.contextmanager
@@ -162,14 +170,16 @@ def _names(tasks: Sequence[str], include: Path | None) -> tuple[list[str], list[
     return names, folders
 
 
-def _run(folder: Path, loaded: dict[str, Any], limit: int | None, chat: bool, provider: str | None) -> dict[str, Any]:
+def _run(
+    folder: Path, loaded: dict[str, Any], limit: int | None, chat: bool, provider: str | None, adapter: str | None
+) -> dict[str, Any]:
     import lm_eval.evaluator
     from jinja2 import TemplateError
 
     from edgetune.export.harness import Folder
 
     with progress.task(f"evaluate {folder.name}") as bar:
-        model = Folder(folder, bar, provider)
+        model = Folder(folder, bar, provider, adapter)
         if chat and not model.tokenizer.chat_template:
             raise InputError("has no chat template", where=folder, fix="leave --chat out")
         try:
@@ -241,7 +251,7 @@ def table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         "task",
         "rows",
         "metric",
-        *(Path(path).name for path in found["models"]),
+        *found["names"],
         *(["difference"] if two else []),
     )
     rows = []

@@ -15,9 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from edgetune.errors import InputError
-from edgetune.export.readers import ends, longest, open_reader, pieces, provider_of
+from edgetune.export.readers import adapter_of, ends, longest, open_reader, pieces, provider_of
 from edgetune.models import load_tokenizer
 from edgetune.progress import Task
+from edgetune.runtime.artifact import adapter_file
 
 _STEP = 512  # tokens that are fed at once: bounds the logits in memory
 _MOST_NEW = 256  # tokens of an answer where the task does not say
@@ -30,16 +31,19 @@ class Folder(TemplateLM):
         folder: the model.
         bar: told of each request that is done.
         provider: where an artifact runs; what it was made for when None.
+        adapter: which of its adapters is on; `none`: the base; its only one when None.
 
     Raises:
-        InputError: the provider is missing here, or the folder holds no model that can be read.
+        InputError: the provider is missing here, there is no such adapter, or the folder holds no model that can be read.
     """
 
-    def __init__(self, folder: Path, bar: Task, provider: str | None = None) -> None:
+    def __init__(self, folder: Path, bar: Task, provider: str | None = None, adapter: str | None = None) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(folder)
         self.max_length, self._ends = longest(folder), ends(folder)
-        self._reader = open_reader(folder, provider=provider_of(folder, provider))
+        self.adapter = adapter_of(folder, adapter)
+        switched = None if self.adapter is None else adapter_file(self.adapter)
+        self._reader = open_reader(folder, provider=provider_of(folder, provider), adapter=switched)
         self._bar, self._requests = bar, 0
 
     @property

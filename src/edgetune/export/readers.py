@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgetune.errors import InputError
 from edgetune.export.graph_reader import CONFIG, Graph, at
 from edgetune.files import read_json
 from edgetune.models import context_length, load_model, stop_ids
+from edgetune.recipe import ModelSection
+from edgetune.run import MANIFEST, read_manifest
 from edgetune.runtime.providers import PROVIDERS, named, status
 
 if TYPE_CHECKING:
@@ -44,6 +46,45 @@ class Reader(Protocol):
 def is_graph(folder: Path) -> bool:
     """Whether the folder holds a model for ONNX Runtime GenAI."""
     return (folder / CONFIG).is_file()
+
+
+def model_at(path: Path, output: Literal["artifact", "merged"]) -> Path:
+    """The folder of a model that is to be compared, checked as far as its files can be.
+
+    Args:
+        path: a folder with genai_config.json, whose hashes are verified where it has edgetune's manifest; a transformers
+            folder; a GGUF file; `package:NAME`; a run.
+        output: which of a run's folders is meant.
+
+    Raises:
+        InputError: it is none of these, or broken.
+    """
+    from edgetune.models import resolve
+    from edgetune.models.packaged import PREFIX
+    from edgetune.runtime.artifact import open_artifact
+
+    if (path / "recipe.json").is_file() and (path / output).is_dir():
+        path = path / output
+    if is_graph(path):
+        made_here = (path / MANIFEST).is_file() and str(_format(path)).startswith("edgetune/")
+        return open_artifact(path).path if made_here else path.resolve()
+    if path.is_file() or (path / "config.json").is_file() or str(path).startswith(PREFIX):
+        return resolve(ModelSection(id=str(path))).path
+    if output == "artifact":
+        return open_artifact(path).path  # says what it is instead
+    return resolve(ModelSection(id=str(path.absolute()))).path  # likewise
+
+
+def _format(folder: Path) -> Any:
+    found = read_json(folder / MANIFEST)
+    return found.get("format") if isinstance(found, dict) else None
+
+
+def adapter_of(folder: Path, asked: str | None = None) -> str | None:
+    """The adapter that is on in a model: as `asked`; its only one when None; None for the base. See `Artifact.adapter`."""
+    from edgetune.runtime.artifact import Artifact
+
+    return Artifact(folder, read_manifest(folder), {}, {}).adapter(asked)
 
 
 def open_reader(
