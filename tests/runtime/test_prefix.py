@@ -44,15 +44,17 @@ def fresh(other: Session, prompt: Any, options: GenerationOptions = SHORT) -> Co
 
 
 def test_a_conversation_reads_what_is_new(session: Session, other: Session) -> None:
+    """From its second turn on, whatever the answers' limit: all whole pieces of the prompt before are known."""
     messages: list[Any] = [SYSTEM]
-    known = []
+    before = 0
     for turn in ("Hi.", "And you?", "Why so?"):
         messages.append({"role": "user", "content": turn})
-        answer = session.generate(messages, SHORT)
-        assert same(answer, fresh(other, messages))
-        known.append(answer.cached_tokens)
-        messages.append({"role": "assistant", "content": answer.text})
-    assert known[0] == 0 and all(n >= SIZE and n % SIZE == 0 for n in known[2:])
+        answer = session.generate(messages, GenerationOptions(max_tokens=12 if before else None, logprobs=3))
+        if before:
+            assert same(answer, fresh(other, messages))
+        assert answer.cached_tokens == before // SIZE * SIZE
+        before = answer.prompt_tokens
+        messages.append({"role": "assistant", "content": answer.text[:20]})
 
 
 def test_another_conversation_reuses_the_system_prompt(session: Session, other: Session) -> None:
@@ -147,8 +149,13 @@ def test_progress(session: Session) -> None:
     assert told == [*((n, total) for n in range(SIZE, total, SIZE)), (total, total)]
 
 
-def test_contexts_grow(session: Session, other: Session) -> None:
+def capacities(session: Session) -> list[int]:
+    return [context.capacity for context in session._reader._kept]
+
+
+def test_contexts_grow_where_memory_is_short(session: Session, other: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversation that outgrows its context gets one of twice the size, up to the whole."""
+    monkeypatch.setattr("edgetune.runtime.prefix.available_memory", lambda: 0)
     text = "One two three four. "
     sizes = []
     for times in range(4, 40, 3):
@@ -156,10 +163,40 @@ def test_contexts_grow(session: Session, other: Session) -> None:
         if len(session.encode(prompt)) + 12 > MAX_LENGTH:
             break
         assert same(session.generate(prompt, SHORT), fresh(other, prompt))
-        kept = session._reader._kept
-        assert kept is not None
-        sizes.append(kept.capacity)
+        sizes += capacities(session)
     assert sizes[0] == 128 and sizes[-1] == MAX_LENGTH and len(set(sizes)) == 2
+
+
+def test_a_conversation_has_room_for_later_turns(session: Session) -> None:
+    assert session.read("One two three four five six seven. " * 5) == SIZE
+    assert capacities(session) == [MAX_LENGTH]
+    assert session.generate("One two three four five six seven. " * 7, SHORT).cached_tokens == SIZE
+
+
+@pytest.mark.parametrize(
+    "between", [{"regex": "[a-c]{2,4}"}, {"json_schema": {"type": "boolean"}}, {"prompt_logprobs": 1}]
+)
+def test_a_request_of_another_kind_leaves_the_conversation_alone(session: Session, between: dict[str, Any]) -> None:
+    prompt: Any = [SYSTEM, {"role": "user", "content": "Hi."}]
+    answer = session.generate(prompt, SHORT)
+    options = GenerationOptions(max_tokens=20, **between)
+    first = session.generate(prompt, options)
+    again = session.generate(prompt, SHORT)
+    assert again.cached_tokens == SIZE and same(again, answer)
+    second = session.generate(prompt, options)
+    assert second.ids == first.ids
+    assert second.cached_tokens == (0 if "prompt_logprobs" in between else SIZE)  # each constraint has its own
+
+
+def test_few_contexts_are_kept(session: Session) -> None:
+    for kind in ("a", "b", "c", "d"):
+        session.generate("Hi", GenerationOptions(regex=kind))
+    assert [context.key[0][1] for context in session._reader._kept] == ["b", "c", "d"]
+    session._reader._model_bytes = 96 * session._reader._token_bytes  # room for one of 128 tokens
+    session.generate("Hi", GenerationOptions(regex="e"))
+    assert [context.key[0][1] for context in session._reader._kept] == ["e"]
+    session.generate("Hi", GenerationOptions(reuse="off", max_tokens=5))
+    assert capacities(session) == []  # it gave way, and what comes in its place is not kept
 
 
 def test_an_error_forgets(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

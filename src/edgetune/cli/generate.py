@@ -129,6 +129,7 @@ def command(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         adapter=adapter,
+        reuse="off",  # nothing follows, so no room is made for it
     )
     functions = [] if tools is None else read_tools(tools)
     text = read_prompt(prompt, file)

@@ -4,10 +4,14 @@ Kernels that round whole inputs (DynamicQuantizeMatMul has one scale for all row
 when it is read together with other ones, or alone as an answer's tokens are. So prompts are always cut at the same
 places, multiples of a piece's length from the start, and whole pieces are what is reused: what follows then is
 bit for bit what a fresh start gives. What an answer's tokens left behind is reused only where `reuse: fast` allows it.
+
+A native generator has one constraint, one adapter, and a KV cache that cannot grow. So there is a context for each constraint
+and adapter, of which a few are kept, and a conversation's is made with room for the turns to come.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,10 +22,13 @@ from numpy.typing import NDArray
 
 from edgetune.runtime.artifact import Artifact, load_adapters
 from edgetune.runtime.guidance import Guide, require_guidance
+from edgetune.runtime.hardware import available_memory
 from edgetune.runtime.native import native
 
 OnPrefill = Callable[[int, int], None]
 _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat longer prompt finds room
+_MOST_KEPT = 3  # contexts
+_LEAST_BYTES = 64 << 20  # of KV cache that a conversation may have, however small the model
 FAILED = "the generation failed"
 
 
@@ -36,6 +43,7 @@ class Context:
         ids: tokens that it has read.
         whole: how many of them, from the start, were read in whole pieces.
         cached: how many tokens of the last prompt were not read again.
+        once: it is not kept.
     """
 
     generator: Any
@@ -44,10 +52,15 @@ class Context:
     ids: list[int] = field(default_factory=list)
     whole: int = 0
     cached: int = 0
+    once: bool = False
 
 
 class Reader:
-    """Reads prompts. Keeps the last context, whose memory is that of its KV cache; one thread at a time.
+    """Reads prompts. One thread at a time.
+
+    The last contexts are kept, up to three. A context's memory is that of its KV cache. That of a conversation has room for the
+    artifact's whole context where it takes no more than the model's files do, and no more than a quarter of the memory that is free;
+    together they take no more than twice the model's files. Those not used for longest go first.
 
     Args:
         og: the module onnxruntime_genai.
@@ -68,48 +81,72 @@ class Reader:
         with native("ONNX Runtime cannot load the adapters", artifact):
             self._adapters = load_adapters(og, model, artifact)
         self._guidance_works = False
-        self._kept: Context | None = None
+        self._token_bytes = _token_bytes(artifact)
+        self._model_bytes = max(int(artifact.size_mb * 1e6), _LEAST_BYTES)
+        self._kept: list[Context] = []  # the one used last is the last
 
     def forget(self) -> None:
-        """Free the kept context."""
-        self._kept = None
+        """Free what is kept."""
+        self._kept.clear()
 
     def keep(self, context: Context) -> None:
-        """Keep a context for the next prompt; only where its `ids` are right."""
-        if not self.fixed:
-            self._kept = context
+        """Keep a context for prompts to come; only where its `ids` are right."""
+        if not (self.fixed or context.once):
+            self._kept.append(context)
 
     def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None) -> Context:
-        """A context for a prompt and an answer: a new one, or the kept one, cut back to what begins both.
+        """A context for a prompt and an answer: a new one, or one that was kept, cut back to what begins both.
 
         Args:
             ids: the prompt's tokens.
             limit: most tokens of the answer.
             guide: the constraint.
-            reuse: see GenerationOptions.
+            reuse: see GenerationOptions; `off` makes a context of just the size that is needed, and leaves the others alone.
             adapter: the name of the one that is on.
 
         Raises:
             InputError: the constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
-        kept, self._kept = self._kept, None
-        key, need = (guide and guide.key, adapter), len(ids) + limit
-        if kept is not None and kept.key == key and reuse != "off":
+        key, need, once = (guide and guide.key, adapter), len(ids) + limit, reuse == "off"
+        kept = None if once else next((context for context in self._kept if context.key == key), None)
+        outgrown = 0
+        if kept is not None:
+            self._kept.remove(kept)  # it comes back when all went well
             known = self._known(kept, ids, reuse)
             if kept.capacity >= need and self._rewound(kept, known):
                 return Context(kept.generator, key, kept.capacity, ids[:known], min(kept.whole, known), known)
-            if known:  # the conversation outgrew its context: it will grow on, so it gets more room
-                need = max(need, 2 * kept.capacity)
-        kept = None  # frees its memory before more is taken
-        capacity = self._artifact.max_length
-        if not self.fixed:
-            capacity = min(-(-need // _STEP) * _STEP, capacity)
+            outgrown = kept.capacity if known else 0
+            kept = None  # frees its memory before more is taken
+        capacity = self._capacity(need, outgrown, room=not once and guide is None)
+        self._make_way(capacity)
         generator = self._generator(capacity, guide)
         if adapter is not None:
             with native(FAILED, self._artifact):
                 generator.set_active_adapter(self._adapters, adapter)
-        return Context(generator, key, capacity)
+        return Context(generator, key, capacity, once=once)
+
+    def _capacity(self, need: int, outgrown: int, room: bool) -> int:
+        """Tokens that a new context has room for.
+
+        Args:
+            need: tokens that it must have room for.
+            outgrown: what the one before had, which a conversation outgrew: it will grow on. 0: there was none.
+            room: give it room for later turns.
+        """
+        most = self._artifact.max_length
+        if self.fixed:
+            return most
+        wanted = max(need, 2 * outgrown)
+        if room:
+            wanted = max(wanted, min(self._model_bytes, available_memory() // 4) // self._token_bytes)
+        return min(-(-wanted // _STEP) * _STEP, most)
+
+    def _make_way(self, capacity: int) -> None:
+        """Free contexts until there may be one more, of this size."""
+        most = 2 * self._model_bytes // self._token_bytes - capacity
+        while self._kept and (len(self._kept) >= _MOST_KEPT or sum(each.capacity for each in self._kept) > most):
+            del self._kept[0]
 
     def _rewound(self, kept: Context, known: int) -> bool:
         try:
@@ -171,3 +208,10 @@ class Reader:
             require_guidance(self._og, self._model)
             self._guidance_works = True
         return guide.generator(self._og, self._model, params)
+
+
+def _token_bytes(artifact: Artifact) -> int:
+    """Bytes that a token takes in the KV cache, at most: in 32 bits."""
+    decoder = artifact.config["model"]["decoder"]
+    sizes = [int(decoder.get(key, 0)) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")]
+    return max(1, 2 * 4 * math.prod(sizes))
