@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     if tiny_model not in _built:  # a fixture that several modules import is made once a module
         _built[tiny_model] = _build(tiny_model, tmp_path_factory.mktemp("artifact") / "tiny")
     return _built[tiny_model]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_bandwidth() -> Iterator[None]:
+    """Measuring the memory's bandwidth takes longer than the rest of a tiny benchmark."""
+    from edgetune.runtime.bench import measure
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measure, "bandwidth_gb_s", lambda: 10.0)
+        yield
 
 
 def copy_of(artifact: Path, folder: Path) -> Path:

@@ -202,6 +202,10 @@ class BenchOptions(Section):
     stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
     loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
     use_profile: bool = Field(True, description="Run it with what `edgetune tune` measured on this machine.")
+    speculation: Literal["auto", "on", "off"] = Field(
+        "auto", description="Guessing tokens ahead in chat, copy and prompts."
+    )
+    exact: bool = Field(False, description="Tokens decoded one by one in chat, copy and prompts.")
 
 
 class Recipe(Section):

@@ -12,7 +12,7 @@ from typing import Any
 from edgetune.errors import InputError
 from edgetune.files import delete_folder, folder_size, read_json
 from edgetune.leases import forget_run, remembered_runs, users
-from edgetune.run import FOLDERS, MANIFEST, RunFolder, read_manifest
+from edgetune.run import FOLDERS, MANIFEST, RunFolder
 
 RECIPE = "recipe.json"
 
@@ -93,12 +93,7 @@ def _done(path: Path, stage: str) -> bool:
     folder = run.output(stage)
     if not (folder / MANIFEST).is_file():
         return False
-    if stage not in ("verify", "bench"):
-        return True
-    try:
-        return bool(read_manifest(folder)["inputs"]["artifact"] == run.content("export"))
-    except (KeyError, TypeError, AttributeError):  # a manifest that is missing or broken
-        return False
+    return stage not in ("verify", "bench") or run.is_of_artifact(stage)
 
 
 def _report(path: Path, stage: str) -> dict[str, Any]:

@@ -146,6 +146,13 @@ class RunFolder:
         outputs = read_manifest(self.output(stage))["outputs"]
         return digest({name: entry["sha256"] for name, entry in outputs.items() if name not in NOT_CONTENT})
 
+    def is_of_artifact(self, stage: str) -> bool:
+        """Whether `verify` or `bench` is done, and measured the artifact that lies in the run now."""
+        try:
+            return bool(read_manifest(self.output(stage))["inputs"]["artifact"] == self.content("export"))
+        except (KeyError, TypeError, AttributeError):  # a manifest that is missing or broken
+            return False
+
 
 def _difference(found: Mapping[str, Any], work: Work) -> str:
     for what in ("inputs", "options"):

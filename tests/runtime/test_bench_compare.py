@@ -12,26 +12,21 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from artifacts import copy_of, edit_json, seal, tiny_artifact  # noqa: F401
+from artifacts import copy_of, edit_json, known_bandwidth, seal, tiny_artifact  # noqa: F401
 from conftest import edgetune
 from edgetune.errors import GateError, InputError
 from edgetune.files import write_json
 from edgetune.recipe import BenchOptions, BenchSection
-from edgetune.runtime.bench import measure
-from edgetune.runtime.bench.compare import against, check, compare, words
+from edgetune.run import RunFolder
+from edgetune.runtime.bench.compare import compare
 from edgetune.runtime.bench.page import as_html
 from edgetune.runtime.bench.plots import Axis, nice_step, number
-from edgetune.runtime.bench.report import read_report, schema, siblings
+from edgetune.runtime.bench.report import quality, read_report, schema, siblings
 from edgetune.runtime.bench.statistics import Ratio
-from edgetune.runtime.bench.text import as_markdown, table
+from edgetune.runtime.bench.text import METRIC_HEAD, as_markdown, table
+from edgetune.runtime.bench.verdict import against, check, words
 
 SECTION = BenchSection(prompt_tokens=30, new_tokens=6, warmup=1, repetitions=3)
-
-
-@pytest.fixture(autouse=True)
-def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring it takes longer than the rest."""
-    monkeypatch.setattr(measure, "bandwidth_gb_s", lambda: 10.0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,9 @@ def test_two_in_turn(compared: tuple[dict[str, Any], Path]):
     ]
     assert all(one["low"] < one["value"] < one["high"] for one in found["ratios"]) and not found["notes"]
     assert found["report"]["tokens_sha256"] == report["tokens_sha256"]
-    assert [row for row in table(report) if row[0] == "verdict"] and read_report(out / "report.json") == report
+    assert [row for row in table(report) if row[0] == "verdict"] and read_report(
+        out / "report.json", "artifact"
+    ) == report
 
 
 def test_known_factor_in_words(compared: tuple[dict[str, Any], Path]):
@@ -88,20 +85,64 @@ def test_what_else_differs_is_told(compared: tuple[dict[str, Any], Path]):
     other = copy.deepcopy(report)
     other["threads"], other["hardware"]["cpu"]["model"] = 64, "Another"
     other["versions"]["onnxruntime"] = "1.0"
-    other["workloads"][0]["tokens_sha256"] = "0" * 64
     notes = " ".join(against(report, other, interleaved=False)["notes"])
-    for word in ("different processors", "different threads", "onnxruntime", "one of the two answers wrongly"):
+    for word in ("different processors", "different threads", "onnxruntime"):
         assert word in notes
     other["workloads"] = [{**other["workloads"][0], "name": "tg1"}]
     with pytest.raises(InputError, match="no workload in common"):
         against(report, other, interleaved=False)
 
 
+def test_other_tokens_of_the_same_files_fail(compared: tuple[dict[str, Any], Path]):
+    report, _ = compared
+    wrong = copy.deepcopy(slower(report, 2))
+    wrong["samples"][1]["tokens_sha256"] = "0" * 64
+    found = against(report, wrong, interleaved=True)
+    assert (
+        len(found["faults"]) == 1 and "pp30+tg6: the produced tokens differ, though the files are" in found["faults"][0]
+    )
+    with pytest.raises(GateError, match="answers wrongly") as caught:
+        check(found, 0.01)
+    assert caught.value.exit_code == 3
+    assert [row for row in table({**report, "comparison": found}) if row[0] == "fault"]
+    jsonschema.validate({**report, "comparison": found}, schema(), cls=jsonschema.Draft202012Validator)
+    wrong["files"] = {**wrong["files"], "model.onnx": "0" * 64}  # another artifact gives other tokens
+    found = against(report, wrong, interleaved=True)
+    assert not found["faults"] and "pp30+tg6: the produced tokens differ" in found["notes"]
+    fewer = slower(report, 2)  # fewer rounds are no other tokens
+    fewer["samples"] = [sample for sample in fewer["samples"] if sample["round"] < 3]
+    fewer["workloads"][0]["tokens_sha256"] = "0" * 64
+    assert not against(report, fewer, interleaved=False)["faults"]
+
+
+def test_a_report_that_does_not_tell_the_tokens_of_a_sample(compared: tuple[dict[str, Any], Path]):
+    report, _ = compared
+    old = slower(report, 2)
+    for sample in old["samples"]:
+        del sample["tokens_sha256"]
+    assert not against(report, old, interleaved=False)["faults"]
+    old["workloads"][0]["tokens_sha256"] = "0" * 64
+    assert against(report, old, interleaved=False)["faults"]
+    old["workloads"][0]["rounds"] = 9
+    assert not against(report, old, interleaved=False)["faults"]
+
+
+def test_a_missing_workload_fails(compared: tuple[dict[str, Any], Path]):
+    report, _ = compared
+    fewer = {**report, "workloads": report["workloads"][:1]}
+    found = against(fewer, slower(report, 2), interleaved=False)
+    assert found["faults"] == ["pp20 was measured of tiny (baseline) only"]
+    with pytest.raises(GateError, match=r"pp20 was measured of tiny \(baseline\) only"):
+        check(found, 0.01)
+    found = against(slower(report, 0.5), fewer, interleaved=False)
+    assert not found["faults"] and "pp20 was measured of tiny (now) only" in found["notes"]
+
+
 def test_saved_report_and_limit(tiny_artifact: Path, tmp_path: Path, compared: tuple[dict[str, Any], Path]):  # noqa: F811
     report, _ = compared
     saved = tmp_path / "fast.json"
     write_json(saved, slower(report, 0.001))  # a thousand times as fast as this
-    short = ("--workload", "pp30+tg6", "--warmup", "0", "--repetitions", "2", "--loads", "0")
+    short = ("--workload", "pp30+tg6,pp20", "--warmup", "0", "--repetitions", "2", "--loads", "0")
     done = edgetune("bench", tiny_artifact, *short, "--compare", saved, "--fail-below", "0.95", cwd=tmp_path)
     assert done.returncode == 3 and "slower than 0.95 times" in done.stderr and "measured before" in done.stdout
     write_json(saved, slower(report, 1000))
@@ -149,6 +190,7 @@ def test_page_needs_nothing_else(compared: tuple[dict[str, Any], Path]):
     assert not re.search(r"https?://|<script|@import|url\(|src=|href=", text)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(pictures) == 5  # comparison, latency, position, parts, memory
+    assert text.count('class="line dashed') == 3 and text.count("<th>std</th>") == 2  # the baseline's lines and metrics
     for picture in pictures:
         drawn = ElementTree.fromstring(picture)
         numbers = [float(n) for at in drawn.iter() for n in re.findall(r"-?[\d.]+", at.get("points", ""))]
@@ -161,7 +203,8 @@ def test_page_and_markdown_escape_what_they_are_told(compared: tuple[dict[str, A
     nasty = {**report, "artifact": "<b>|x&</b>", "warnings": ["<script>"], "files": {"<i>": "1"}}
     text = as_html(nasty)
     assert "<b>|" not in text and "<script>" not in text and "<i>" not in text.replace('<i class="c', "")
-    assert all(line.count("|") == 3 for line in as_markdown(nasty).splitlines() if line.startswith("|"))
+    lines = [line.count("|") for line in as_markdown(nasty).splitlines() if line.startswith("|")]
+    assert set(lines) == {3, 1 + len(METRIC_HEAD)}
 
 
 def test_quality_speed_size_of_runs_beside(tmp_path: Path, compared: tuple[dict[str, Any], Path]):
@@ -169,11 +212,15 @@ def test_quality_speed_size_of_runs_beside(tmp_path: Path, compared: tuple[dict[
     said = {"kld_mean": 0.01, "top1_agreement": 0.9, "passed": True}
     for name in ("one", "two", "other-machine"):
         write_json(tmp_path / name / "verify" / "report.json", said)
+        write_json(tmp_path / name / "artifact" / "manifest.json", manifest(outputs={"model.onnx": {"sha256": name}}))
         there = copy.deepcopy(report)
         there["comparison"] = None
         if name == "other-machine":
             there["hardware"]["cpu"]["model"] = "Another"
         write_json(tmp_path / name / "bench" / "report.json", there)
+        for stage in ("verify", "bench"):
+            content = RunFolder(tmp_path / name).content("export")
+            write_json(tmp_path / name / stage / "manifest.json", manifest(inputs={"artifact": content}))
     (tmp_path / "broken" / "bench").mkdir(parents=True)
     (tmp_path / "broken" / "bench" / "report.json").write_text("{")
     found = siblings(tmp_path / "one" / "artifact", {**report, "quality": said})
@@ -181,6 +228,17 @@ def test_quality_speed_size_of_runs_beside(tmp_path: Path, compared: tuple[dict[
     shown = as_html({**report, "quality": said, "siblings": found})
     assert "Quality, speed, size" in shown and "two, " in shown and "KL 0.0100" in shown
     assert siblings(tmp_path / "one" / "artifact", {**report, "quality": None}) == []
+    assert quality(tmp_path / "two" / "artifact") == said
+    write_json(tmp_path / "two" / "artifact" / "manifest.json", manifest(outputs={"model.onnx": {"sha256": "new"}}))
+    assert quality(tmp_path / "two" / "artifact") is None  # another artifact than the one that was verified
+    assert [one["name"] for one in siblings(tmp_path / "one" / "artifact", {**report, "quality": said})] == ["one"]
+    both = {**report, "quality": said, "siblings": []}
+    both["comparison"] = {**report["comparison"], "report": {**report["comparison"]["report"], "quality": said}}
+    assert as_html(both).count("KL 0.0100") == 3  # in the numbers, and of both in the plot
+
+
+def manifest(**said: Any) -> dict[str, Any]:
+    return {"format": "edgetune/manifest/1", **said}
 
 
 def test_axes_have_round_numbers():

@@ -19,8 +19,10 @@ from conftest import edgetune
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import read_json
 from edgetune.recipe import BenchOptions, BenchSection
-from edgetune.runtime.bench import client, http
+from edgetune.runtime.bench import client, http, watch
+from edgetune.runtime.bench.compare import compare, compare_url
 from edgetune.runtime.bench.http import bench_url
+from edgetune.runtime.bench.page import as_html
 from edgetune.runtime.bench.report import schema
 from edgetune.runtime.bench.text import table
 
@@ -103,7 +105,7 @@ def test_report_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert read_json(tmp_path / "out" / "report.json") == report and "secret" not in json.dumps(report)
     assert report["artifact"] == "m" and report["target"]["url"] == url + "/v1"
     first, second = report["workloads"]
-    assert (first["name"], second["name"]) == ("1 client", "3 clients") and second["requests"] == 6
+    assert (first["name"], second["name"]) == ("pp10+tg6, 1 client", "pp10+tg6, 3 clients") and second["requests"] == 6
     assert first["errors"] == 0 and first["prompt_tokens"] == 12 and first["new_tokens"] == 11
     assert second["tokens"] == 66 and first["ttft_ms"]["min"] >= 10 and first["itl_ms"]["n"] == 2 * 5
     sample = report["samples"][0]
@@ -114,7 +116,7 @@ def test_report_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         body["key"] == "Bearer secret" and body["max_tokens"] == 6 and body["temperature"] == 0 for body in bodies
     )
     shown = dict(table(report))
-    assert "in all" in shown["3 clients"] and "model m" in shown["service"]
+    assert "in all" in shown["pp10+tg6, 3 clients"] and "model m" in shown["service"]
 
 
 def test_tokens_are_pieces_where_none_are_counted(tmp_path: Path):
@@ -132,7 +134,9 @@ def test_tokens_are_pieces_where_none_are_counted(tmp_path: Path):
     assert entry["new_tokens"] == 6 and entry["prompt_tokens"] is None and entry["prefill_tokens_per_s"] is None
     notes = " ".join(report["warnings"])
     assert "each piece that it sent is taken for one" in notes and "no prefill rate" in notes
-    assert {body["messages"][0]["content"] for body in bodies} == {"one", "two"}
+    asked = [body["messages"][0]["content"] for body in bodies]
+    assert asked[-4:] == ["one", "two", "one", "two"] and "the same in each round" in notes and entry["rounds"] == 2
+    assert entry["name"] == "prompts, 1 client" and entry["kind"] == "file"
     jsonschema.validate(report, schema(), cls=jsonschema.Draft202012Validator)
 
 
@@ -228,6 +232,63 @@ def test_model_is_asked_for_where_none_are_listed():
 def test_tls_where_there_is_none():
     with service() as (url, _), pytest.raises(InputError, match="TLS fails"):
         client.connect(url.replace("http:", "https:"), None, 5)
+
+
+def test_conversations_and_copying():
+    with service() as (url, bodies):
+        options = BenchOptions(workloads=("pp4", "tg3", "chat", "copy"))
+        report = bench_url(url, None, (2,), SECTION.model_copy(update={"warmup": 0}), None, options)
+    jsonschema.validate(report, schema(), cls=jsonschema.Draft202012Validator)
+    entries = {entry["name"]: entry for entry in report["workloads"]}
+    assert list(entries) == [f"{name}, 2 clients" for name in ("pp4", "tg3", "chat", "copy")]
+    assert entries["chat, 2 clients"]["requests"] == 2 * 2 * 4 and entries["copy, 2 clients"]["quoted"] == 0
+    talks = [body["messages"] for body in bodies if len(body["messages"]) == 7]
+    assert [message["role"] for message in talks[0]] == ["user", "assistant"] * 3 + ["user"] and len(talks) == 4
+    assert talks[0][1]["content"] == "0 1 2 3 4 5 "
+    assert {body["max_tokens"] for body in bodies} == {1, 3, 6}
+    turns = [
+        (s["client"], s["turn"]) for s in report["samples"] if s["workload"] == "chat, 2 clients" and s["round"] == 1
+    ]
+    assert turns == [(client, turn) for client in (1, 2) for turn in (1, 2, 3, 4)]
+
+
+def half_as_fast(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    time.sleep(0.08)
+    well(handler, asked)
+
+
+def test_two_services_in_turn(tmp_path: Path):
+    options = BenchOptions(workloads=("copy",))
+    section = SECTION.model_copy(update={"repetitions": 3})
+    with service() as (one, bodies), service(half_as_fast, {"data": [{"id": "n"}]}) as (two, others):
+        report = compare_url(one, None, two, None, (1, 2), section, tmp_path / "out", options)
+        with pytest.raises(InputError, match="is the same service and model"):
+            compare_url(one, None, one, None, (1,), section)
+    jsonschema.validate(report, schema(), cls=jsonschema.Draft202012Validator)
+    found = report["comparison"]
+    assert (
+        found["interleaved"] and found["name"].startswith("m at 127.0.0.1:") and found["baseline"].startswith("n at ")
+    )
+    whats = [(one["workload"], one["what"]) for one in found["ratios"]]
+    assert whats == [(f"copy, {n}", what) for n in ("1 client", "2 clients") for what in ("first token", "decode")]
+    assert found["ratios"][0]["value"] > 1 and found["ratios"][0]["low"] and "first token" in found["verdict"][0]
+    assert sorted(b["messages"][0]["content"] for b in bodies) == sorted(b["messages"][0]["content"] for b in others)
+    assert "produced texts differ" not in " ".join(found["notes"]) and not found["faults"]
+    assert as_html(report).count('class="line dashed') == 2
+    saved = tmp_path / "out" / "report.json"
+    with service() as (url, _):
+        again = compare_url(url, None, str(saved), None, (1,), section, None, options)
+        with pytest.raises(InputError, match="is of a service, not of an artifact"):
+            compare(tmp_path, saved, section)
+    found = again["comparison"]
+    assert not found["interleaved"] and found["faults"] == [f"copy, 2 clients was measured of {found['baseline']} only"]
+
+
+def test_energy_of_all_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watch, "joules", lambda before, after: 1.5)
+    with service() as (url, _):
+        report = bench_url(url, None, (1, 2), SECTION)
+    assert report["energy_j"] == 3.0 and report["workloads"][0]["energy_j_per_token"] == round(1.5 / 22, 5)
 
 
 def test_our_own_service(tiny_artifact: Path, tmp_path: Path):  # noqa: F811

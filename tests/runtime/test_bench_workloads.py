@@ -55,7 +55,7 @@ def test_what_does_not_fit():
     deep = Workload("drawn", 0, 10, depth=4096)
     found, notes = fitted([deep, Workload("drawn", 0, 10, depth=9999)], 100, "a")
     assert [one.depth for one in found] == [89] and found[0].length == 100 and len(notes) == 2
-    assert "the depth is 89, not 4,096" in notes[0]
+    assert "the depth is 89, not 4,096 (tg10@d89 in its place)" in notes[0]
     with pytest.raises(InputError, match="nothing can stand before"):
         fitted([Workload("drawn", 10, 0, depth=5, batch=2)], 100, "a")
     assert Workload("drawn", 10).length == 11 and Workload("drawn", 0, 10).length == 12

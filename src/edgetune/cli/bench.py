@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from edgetune.cli._common import Json, NoProfile, print_json, print_table
 from edgetune.cli._generation import ADAPTER
+
+if TYPE_CHECKING:
+    from edgetune.recipe import BenchOptions, BenchSection
 
 _UNSET = "; the recipe's default when not given."
 _WORK, _WAYS, _COMPARE, _HTTP, _OUTPUT = "What is measured", "How", "Comparing", "A service", "What comes out"
@@ -22,7 +26,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="ppN, tgN, ppN+tgM, chat, copy, standard; with commas between.",
+            help="ppN, tgN, ppN+tgM, chat, copy, standard; with commas between. With --url, N words for ppN.",
             rich_help_panel=_WORK,
         ),
     ] = None,
@@ -37,7 +41,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Your own: .jsonl with messages or prompt, or a text.",
+            help="Your own: .jsonl with messages or prompt, or a text; each is asked once in a round.",
             rich_help_panel=_WORK,
         ),
     ] = None,
@@ -65,6 +69,18 @@ def command(
         typer.Option(metavar="NAME", help="Execution provider, in place of the artifact's own.", rich_help_panel=_WAYS),
     ] = None,
     no_profile: NoProfile = False,
+    speculation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|on|off",
+            help="Guess tokens ahead in chat, copy and prompts; auto: where `edgetune tune` measured it.",
+            rich_help_panel=_WAYS,
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Chat, copy and prompts without guessing ahead.", rich_help_panel=_WAYS),
+    ] = False,
     stress: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="Busy processes beside every second round.", rich_help_panel=_WAYS),
@@ -74,17 +90,24 @@ def command(
         typer.Option(min=0, help="How often loading is timed, from disk and from memory.", rich_help_panel=_WAYS),
     ] = None,
     compare: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="OTHER",
-            help="Another artifact, measured in turn, or a saved report.json.",
+            help="Another artifact (with --url: another address), measured in turn, or a saved report.json.",
             rich_help_panel=_COMPARE,
         ),
+    ] = None,
+    compare_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With two addresses: the model of the other.", rich_help_panel=_COMPARE),
     ] = None,
     fail_below: Annotated[
         float | None,
         typer.Option(
-            metavar="RATIO", min=0, help="Exit 3 when it is slower than so many times OTHER.", rich_help_panel=_COMPARE
+            metavar="RATIO",
+            min=0,
+            help="Exit 3 when it is slower than so many times OTHER, the same files give other tokens, or work is missing.",
+            rich_help_panel=_COMPARE,
         ),
     ] = None,
     expect_tokens: Annotated[
@@ -137,6 +160,7 @@ def command(
       edgetune bench runs/quickstart --threads 1,2,4
       edgetune bench runs/int4 --compare runs/int8 --fail-below 0.95
       edgetune bench --url http://127.0.0.1:8080 --concurrency 1,2,4
+      edgetune bench --url http://127.0.0.1:8080 --compare http://127.0.0.1:11434 --workload chat,copy
     """
     from edgetune.errors import InputError
     from edgetune.runtime.bench.measure import expect
@@ -166,43 +190,83 @@ def command(
         "stress": stress,
         "loads": loads,
         "use_profile": False if no_profile else None,
+        "speculation": _speculation(speculation),
+        "exact": exact or None,
     }
+    given = _Given(lengths, ways, out)
     if artifact is None:
-        allowed = {"prompts": prompts}
-        _only("--url", {"compare": compare, **{name: value for name, value in ways.items() if name not in allowed}})
-        report = _of_service(str(url), (model, _numbers("--concurrency", concurrency, 1), timeout), lengths, ways, out)
+        allowed = {"prompts", "workloads"}
+        _only("--url", {name: value for name, value in ways.items() if name not in allowed})
+        _only("a saved report", {"compare_model": compare_model if "://" not in (compare or "://") else None})
+        clients = _numbers("--concurrency", concurrency, 1) or (1,)
+        report = _of_service(str(url), model, compare, compare_model, clients, timeout, given)
     else:
-        _only("an artifact", {"model": model, "concurrency": concurrency})
-        report = _of_artifact(artifact, compare, lengths, ways, out)
+        _only("an artifact", {"model": model, "concurrency": concurrency, "compare_model": compare_model})
+        report = _of_artifact(artifact, compare, given)
     _print(report, "json" if json else format)
     if expect_tokens is not None:
         expect(report, expect_tokens)
     if fail_below is not None:
-        from edgetune.runtime.bench.compare import check
+        from edgetune.runtime.bench.verdict import check
 
         check(report["comparison"], fail_below)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Options by the names that the recipe has them under, None where not given, and the folder for the report."""
+
+    lengths: dict[str, Any]
+    ways: dict[str, Any]
+    out: Path | None
+
+    def how(self) -> tuple[BenchSection, Path | None, BenchOptions]:
+        """Section, folder and options, as the benchmark takes them. Raises InputError."""
+        from edgetune.recipe import BenchOptions, BenchSection
+
+        return BenchSection(**_given(self.lengths)), self.out, BenchOptions(**_given(self.ways))
+
+
 def _of_service(
-    url: str, asked: tuple[Any, ...], lengths: dict[str, Any], ways: dict[str, Any], out: Path | None
+    url: str,
+    model: str | None,
+    other: str | None,
+    other_model: str | None,
+    clients: tuple[int, ...],
+    timeout: float,
+    given: _Given,
 ) -> dict[str, Any]:
-    from edgetune.recipe import BenchOptions, BenchSection
+    from edgetune.runtime.bench.compare import compare_url
     from edgetune.runtime.bench.http import bench_url
 
-    model, clients, timeout = asked
-    section, options = BenchSection(**_given(lengths)), BenchOptions(**_given(ways))
-    return bench_url(url, model, clients or (1,), section, out, options, timeout)
+    if other is None:
+        return bench_url(url, model, clients, *given.how(), timeout)
+    return compare_url(url, model, other, other_model, clients, *given.how(), timeout)
 
 
-def _of_artifact(
-    artifact: Path, other: Path | None, lengths: dict[str, Any], ways: dict[str, Any], out: Path | None
-) -> dict[str, Any]:
-    from edgetune.recipe import BenchOptions, BenchSection
+def _of_artifact(artifact: Path, other: str | None, given: _Given) -> dict[str, Any]:
+    from edgetune.errors import InputError
     from edgetune.runtime.bench.compare import compare
     from edgetune.runtime.bench.measure import bench
 
-    section, options = BenchSection(**_given(lengths)), BenchOptions(**_given(ways))
-    return bench(artifact, section, out, options) if other is None else compare(artifact, other, section, out, options)
+    section, out, options = given.how()
+    if other is None:
+        return bench(artifact, section, out, options)
+    if "://" in other:
+        raise InputError(
+            "is a service, and an artifact is measured without one",
+            where="--compare",
+            fix="`edgetune serve` the artifact, and give its address with --url",
+        )
+    return compare(artifact, Path(other), section, out, options)
+
+
+def _speculation(given: str | None) -> str | None:
+    from edgetune.errors import InputError
+
+    if given not in (None, "auto", "on", "off"):
+        raise InputError(f"must be auto, on or off, not {given!r}", where="--speculation", fix="such as on")
+    return given
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +276,11 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _only(what: str, options: dict[str, Any]) -> None:
     from edgetune.errors import InputError
 
-    names = {"workloads": "workload", "depths": "depth", "batch_sizes": "batch"}
+    names = {"depths": "depth", "batch_sizes": "batch", "use_profile": "no-profile"}
     for name, value in options.items():
         if value is not None:
-            raise InputError(f"does not go with {what}", where=f"--{names.get(name, name)}", fix="leave it out")
+            where = f"--{names.get(name, name).replace('_', '-')}"
+            raise InputError(f"does not go with {what}", where=where, fix="leave it out")
 
 
 def _numbers(option: str, text: str | None, least: int) -> tuple[int, ...] | None:

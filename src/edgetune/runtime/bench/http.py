@@ -10,9 +10,6 @@ import contextlib
 import hashlib
 import ipaddress
 import os
-import queue
-import threading
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,15 +17,27 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from edgetune import progress
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import InputError
 from edgetune.files import digest
 from edgetune.recipe import BenchOptions, BenchSection
+from edgetune.runtime.bench.burst import Level, Reply, Talks, take_turns
 from edgetune.runtime.bench.client import Answer, Service, ask, checked, connect
 from edgetune.runtime.bench.measure import writable, write
-from edgetune.runtime.bench.prompts import Conversation, read_prompts, words_prompt
-from edgetune.runtime.bench.report import FORMAT, cached_share, machine_now, noise, summaries, top
+from edgetune.runtime.bench.prompts import quoted, read_prompts, words_prompt
+from edgetune.runtime.bench.report import (
+    FORMAT,
+    cached_share,
+    machine_now,
+    noise,
+    per_token,
+    quoted_share,
+    summaries,
+    top,
+)
+from edgetune.runtime.bench.sample import sha256
 from edgetune.runtime.bench.schedule import Rounds
-from edgetune.runtime.bench.watch import MemoryCurve, Meter
+from edgetune.runtime.bench.watch import MemoryCurve
+from edgetune.runtime.bench.workloads import Workload, parse
 from edgetune.runtime.hardware import hardware, load_average, versions
 
 _MOST_CLIENTS = 1024
@@ -47,46 +56,103 @@ def bench_url(
 
     Args:
         url, model: see `client.connect`.
-        clients: numbers of clients that ask at once, each asking `section.repetitions` times; measured in this order.
+        clients: numbers of clients that ask at once, each `section.repetitions` rounds; measured in this order.
         section: words of a prompt (about as many tokens), most tokens of an answer, rounds.
-        options: `prompts`: your own, taken in turn.
+        options: `workloads`, without depths and batches: of ppN N words are sent, of tgN at most N tokens asked for;
+            `prompts`: your own, which the clients share out in each round.
         timeout_s: how long the service may say nothing.
 
     Returns:
-        The report, as `schema.json` describes it, a workload for each number of clients.
+        The report, as `schema.json` describes it, an entry for each workload and number of clients.
 
     Raises:
-        InputError: no service there, or none that is OpenAI-compatible; a number of clients out of range.
+        InputError: no service there, or none that is OpenAI-compatible; a number of clients out of range; other work
+            than a service can be given.
         EdgetuneError: it gives no answer.
     """
     writable(out)
+    works = asked_of_services(clients, section, options)
+    report = measured_services([connect(url, model, timeout_s)], clients, works, section)[0]
+    write(report, out)
+    return report
+
+
+def asked_of_services(clients: Sequence[int], section: BenchSection, options: BenchOptions | None) -> list[Workload]:
+    """What services are asked for. Raises InputError where it is nothing that they can be given."""
+    options = options or BenchOptions()
     for count in clients:
         if not 1 <= count <= _MOST_CLIENTS:
             raise InputError(f"must be 1 to {_MOST_CLIENTS}, not {count}", where="concurrency")
-    texts = read_prompts(Path(options.prompts)) if options and options.prompts else None
-    service = connect(url, model, timeout_s)
+    depths = (0,) if "standard" in options.workloads else ()
+    works = parse(options.workloads, depths, (), options.prompts, section)
+    if any(work.depth for work in works):
+        raise InputError(
+            "depths are not for services, which read a prompt as a whole",
+            where="workloads",
+            fix="take a longer prompt, such as pp1024",
+        )
+    if any(work.file for work in works):
+        read_prompts(Path(str(options.prompts)))  # what is wrong with them is said before anything is asked
+    return works
+
+
+def measured_services(
+    services: Sequence[Service], clients: Sequence[int], works: Sequence[Workload], section: BenchSection
+) -> list[dict[str, Any]]:
+    """Reports of services; of several, each round is asked of one after the other, in changing order.
+
+    Raises:
+        EdgetuneError: one of them gives no answer.
+    """
     before, machine = load_average(), hardware()
-    source = _Source(texts, section.prompt_tokens)
-    notes: list[str] = []
-    with progress.task("bench", total=section.warmup + sum(clients) * section.repetitions) as shown:
-        service = _warmed(service, source, section, shown)
-        pid = _listener(service.base)
-        curve = MemoryCurve(pid) if pid else None
-        levels = []
-        for count in dict.fromkeys(clients):
-            if curve:
-                curve.mark(f"{count} at once")
-            levels.append(_level(service, count, source, section, (pid, shown)))
-    entries, samples, said = [], [], []
-    for count, (answers, wall, meter) in zip(dict.fromkeys(clients), levels, strict=True):
-        entry, rounds = _entry(count, answers, wall, meter)
+    talks = {work: Talks(work) for work in works}
+    counts = list(dict.fromkeys(clients))
+    requests = section.repetitions * sum(talks[work].requests(count) for work in works for count in counts)
+    with progress.task("bench", total=len(services) * (section.warmup + requests)) as shown:
+        ready = [_warmed(service, section, shown) for service in services]
+        pids = [_listener(service.base) for service in ready]
+        curves = [MemoryCurve(pid) if pid else None for pid in pids]
+        levels: list[list[Level]] = [[] for _ in ready]
+        for work in works:
+            for count in counts:
+                for curve in filter(None, curves):
+                    curve.mark(_name(work, count))
+                turns = take_turns(list(zip(ready, pids, strict=True)), talks[work], count, section.repetitions, shown)
+                for kept, level in zip(levels, turns, strict=True):
+                    kept.append(level)
+    around = {"hardware": machine_now(machine), "load_average": {"before": before, "after": load_average()}}
+    return [
+        _report(service, found, section, around, [curve.stop()] if curve else [])
+        for service, found, curve in zip(ready, levels, curves, strict=True)
+    ]
+
+
+def _warmed(service: Service, section: BenchSection, shown: progress.Task) -> Service:
+    """Ask once at least, so that a service that cannot answer is told of before it is measured."""
+    for number in range(max(1, section.warmup)):
+        messages = [{"role": "user", "content": words_prompt(f"warm-up {number}", section.prompt_tokens)}]
+        while (other := checked(service, ask(service, messages, section.new_tokens))) is not None:
+            service = other
+        if section.warmup:
+            shown.advance()
+    return service
+
+
+def _report(
+    service: Service,
+    levels: Sequence[Level],
+    section: BenchSection,
+    around: dict[str, Any],
+    memory: list[dict[str, Any]],
+) -> dict[str, Any]:
+    entries, samples = [], []
+    for level in levels:
+        entry, rounds = _entry(level)
         entries.append(entry)
         samples += [{"workload": entry["name"], "round": n, **s} for n, part in enumerate(rounds, 1) for s in part]
-        said += [answer for part in answers for answer in part]
-    notes += _notes(said, texts, sum(clients) * section.repetitions)
-    memory = [curve.stop()] if curve else []
-    peak = max((mb for part in memory for _, mb in part["points"]), default=None)
-    report = {
+    answers = [reply.answer for level in levels for part in level.rounds for reply in part]
+    energies = [entry["energy_j"] for entry in entries]
+    return {
         "format": FORMAT,
         "artifact": service.model,
         "target": {"kind": "http", "url": service.base, "model": service.model},
@@ -94,127 +160,62 @@ def bench_url(
         "warmup": section.warmup,
         "repetitions": section.repetitions,
         **top(entries),
-        "peak_rss_mb": peak,
-        **dict.fromkeys(("peak_pss_mb", "energy_j", "read_bytes_per_step")),
+        "peak_rss_mb": max((mb for part in memory for _, mb in part["points"]), default=None),
+        **dict.fromkeys(("peak_pss_mb", "read_bytes_per_step")),
+        "energy_j": None if None in energies else round(sum(energies), 3),
         "tokens": sum(entry["tokens"] for entry in entries),
-        "tokens_sha256": digest([answer.text for answer in said]),
+        "tokens_sha256": digest([answer.text for answer in answers]),
         "device_profile": None,
-        "hardware": machine_now(machine),
+        **around,
         "bandwidth_gb_s": None,
-        "load_average": {"before": before, "after": load_average()},
         "versions": versions(),
         "quality": None,
         "siblings": [],
         "workloads": entries,
         "memory": memory,
         "samples": samples,
-        "warnings": [*notes, *noise(entries, machine["cpu"]["logical_cores"])],
+        "warnings": [*_notes(answers, levels), *noise(entries, around["hardware"]["cpu"]["logical_cores"])],
         **dict.fromkeys(("scaling", "stress", "comparison")),
     }
-    write(report, out)
-    return report
 
 
-class _Source:
-    """Prompts, no two alike from the first words on, unless they are your own and fewer than the requests."""
-
-    def __init__(self, texts: list[Conversation | str] | None, words: int) -> None:
-        self._texts, self._words, self._given, self._lock = texts, words, 0, threading.Lock()
-
-    def messages(self, name: str) -> Conversation:
-        """The next of your own, else words that are drawn by `name`."""
-        text: Conversation | str = words_prompt(name, self._words)
-        if self._texts:
-            with self._lock:
-                text = self._texts[self._given % len(self._texts)]
-                self._given += 1
-        return [{"role": "user", "content": text}] if isinstance(text, str) else text
+def _name(work: Workload, count: int) -> str:
+    return f"{work.name}, {count} client{'s' * (count != 1)}"
 
 
-def _warmed(service: Service, source: _Source, section: BenchSection, shown: progress.Task) -> Service:
-    """Ask once at least, so that a service that cannot answer is told of before it is measured."""
-    for number in range(max(1, section.warmup)):
-        while (
-            other := checked(service, ask(service, source.messages(f"warm-up {number}"), section.new_tokens))
-        ) is not None:
-            service = other
-        if section.warmup:
-            shown.advance()
-    return service
-
-
-Level = tuple[list[list[Answer]], float, dict[str, Any]]
-
-
-def _level(
-    service: Service, count: int, source: _Source, section: BenchSection, around: tuple[int | None, progress.Task]
-) -> Level:
-    """So many clients at once. Returns the answers round by round, the seconds in all, and what the machine did."""
-    pid, shown = around
-    done: queue.Queue[tuple[int, int, Answer]] = queue.Queue()
-    together = threading.Barrier(count)
-    stop = threading.Event()
-
-    def client(index: int) -> None:
-        together.wait()
-        for number in range(section.repetitions):
-            if stop.is_set():
-                return
-            messages = source.messages(f"{count} clients, client {index}, round {number}")
-            done.put((number, index, ask(service, messages, section.new_tokens)))
-
-    meter = Meter([os.getpid(), *([pid] if pid else [])])
-    came: list[dict[int, Answer]] = [{} for _ in range(section.repetitions)]
-    with meter.round():
-        start = time.perf_counter()
-        for index in range(count):
-            threading.Thread(target=client, args=(index,), daemon=True).start()
-        try:
-            for _ in range(count * section.repetitions):
-                number, index, answer = done.get()
-                came[number][index] = answer
-                shown.advance(note=f"{count} at once")
-        finally:
-            stop.set()
-        wall = time.perf_counter() - start
-    found = [[part[index] for index in sorted(part)] for part in came]  # not in the order of their ends
-    if all(answer.error for part in found for answer in part):
-        raise EdgetuneError(f"no request of {count} at once was answered: {found[0][0].error}", where=service.base)
-    result = meter.result()
-    return found, wall, result if pid else {**result, "others_busy_cores": None}
-
-
-def _entry(
-    count: int, answers: list[list[Answer]], wall: float, meter: dict[str, Any]
-) -> tuple[dict[str, Any], Rounds]:
-    rounds = [[_sample(answer) for answer in part if answer.error is None] for part in answers]
-    good = [answer for part in answers for answer in part if answer.error is None]
-    failed = [answer.error for part in answers for answer in part if answer.error]
+def _entry(level: Level) -> tuple[dict[str, Any], Rounds]:
+    kind = level.work.kind
+    rounds = [[_sample(reply, kind) for reply in part if reply.answer.error is None] for part in level.rounds]
+    answers = [reply.answer for part in level.rounds for reply in part]
+    good = [answer for answer in answers if answer.error is None]
+    failed = [answer.error for answer in answers if answer.error]
     tokens = sum(_tokens(answer) for answer in good)
     counts = [answer.prompt_tokens for answer in good if answer.prompt_tokens]
     lengths = sorted(_tokens(answer) for answer in good)
     return {
-        "name": f"{count} client{'s' * (count != 1)}",
-        "kind": "http",
+        "name": _name(level.work, level.clients),
+        "kind": "http" if kind == "drawn" else kind,
         "prompt_tokens": sorted(counts)[len(counts) // 2] if counts else None,
         "new_tokens": lengths[len(lengths) // 2],
         "depth": 0,
         "batch": 1,
-        "concurrency": count,
+        "concurrency": level.clients,
         "rounds": len(rounds),
-        "requests": len(good) + len(failed),
+        "requests": len(answers),
         "errors": len(failed),
         "error": failed[0] if failed else None,
         **summaries(rounds),
-        "total_tokens_per_s": round(tokens / wall, 3),
-        "requests_per_s": round(len(good) / wall, 4),
+        "total_tokens_per_s": round(tokens / level.wall_s, 3),
+        "requests_per_s": round(len(good) / level.wall_s, 4),
         "tokens": tokens,
         "tokens_sha256": digest([answer.text for answer in good]),
         "peak_rss_mb": None,
         "peak_pss_mb": None,
-        **meter,
+        **level.meter,
+        "energy_j_per_token": per_token(level.meter["energy_j"], tokens),
+        "bandwidth_share": None,
         "cached": cached_share(rounds),
-        **dict.fromkeys(("energy_j_per_token", "bandwidth_share", "quoted")),
+        "quoted": quoted_share(rounds),
     }, rounds
 
 
@@ -222,11 +223,14 @@ def _tokens(answer: Answer) -> int:
     return answer.completion_tokens or len(answer.stamps) or 1
 
 
-def _sample(answer: Answer) -> dict[str, Any]:
+def _sample(reply: Reply, kind: str) -> dict[str, Any]:
+    answer = reply.answer
     first = answer.stamps[0] - answer.sent if answer.stamps else None
     tokens, writing = _tokens(answer), answer.stamps[-1] - answer.stamps[0] if answer.stamps else 0.0
     tpot = writing / (tokens - 1) if tokens > 1 and writing else None
-    return {
+    found = {
+        "client": reply.client,
+        "turn": reply.turn,
         "ttft_ms": None if first is None else round(first * 1e3, 3),
         "itl_ms": [round((b - a) * 1e3, 3) for a, b in pairwise(answer.stamps)],
         "tpot_ms": None if tpot is None else round(tpot * 1e3, 4),
@@ -236,11 +240,16 @@ def _sample(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
         "new_tokens": tokens,
+        "prompt_sha256": sha256(reply.messages),
         "text_sha256": hashlib.sha256(answer.text.encode()).hexdigest(),
     }
+    if kind == "copy":
+        share = quoted(reply.messages[-1]["content"].split(), answer.text.split())
+        found["quoted"] = None if share is None else round(share, 4)
+    return found
 
 
-def _notes(answers: Sequence[Answer], texts: list[Any] | None, requests: int) -> list[str]:
+def _notes(answers: Sequence[Answer], levels: Sequence[Level]) -> list[str]:
     good = [answer for answer in answers if answer.error is None]
     found = []
     if failed := len(answers) - len(good):
@@ -252,9 +261,9 @@ def _notes(answers: Sequence[Answer], texts: list[Any] | None, requests: int) ->
         found.append("the service does not count tokens: each piece that it sent is taken for one")
     if any(answer.prompt_tokens is None for answer in good):
         found.append("the service does not count the prompts' tokens, so there is no prefill rate")
-    if texts and len(texts) < requests:
+    if any(level.work.kind == "file" and len(level.rounds) > 1 for level in levels):
         found.append(
-            f"{len(texts)} prompts for {requests} requests: a service that keeps prompts answers repeated ones faster"
+            "your prompts are the same in each round: a service that keeps prompts answers repeated ones faster"
         )
     return found
 

@@ -26,7 +26,7 @@ from edgetune.runtime.bench.schedule import Run, take_turns
 from edgetune.runtime.bench.statistics import ratio, summary
 from edgetune.runtime.bench.text import as_csv, as_markdown
 from edgetune.runtime.bench.traffic import weight_bytes
-from edgetune.runtime.bench.workloads import Workload, fitted, parse
+from edgetune.runtime.bench.workloads import Workload, check_guessing, fitted, parse
 from edgetune.runtime.hardware import bandwidth_gb_s, hardware, load_average, versions
 
 
@@ -52,8 +52,7 @@ def bench(
     writable(out, artifact)
     options = options or BenchOptions(loads=0)
     counts = options.threads or (section.threads,)
-    how: dict[str, Any] = {"use_profile": options.use_profile, "adapter": options.adapter}
-    jobs = [Job(artifact, threads, options.provider, **how) for threads in counts]
+    jobs = [job(artifact, threads, options, options.adapter) for threads in counts]
     reports = measured(jobs, section, options)
     report = max(reports, key=_speed)
     if len(reports) > 1:
@@ -62,9 +61,16 @@ def bench(
     return report
 
 
+def job(artifact: Path, threads: int | None, options: BenchOptions, adapter: str | None) -> Job:
+    """How an artifact is run, as the options have it."""
+    how: dict[str, Any] = {name: getattr(options, name) for name in ("use_profile", "speculation", "exact")}
+    return Job(artifact, threads, options.provider, adapter=adapter, **how)
+
+
 def measured(jobs: Sequence[Job], section: BenchSection, options: BenchOptions) -> list[dict[str, Any]]:
     """Reports of several ways of running an artifact, or of several artifacts, measured in turn."""
     asked = parse(options.workloads, options.depths, options.batch_sizes, options.prompts, section)
+    check_guessing(asked, options)
     if any(work.file for work in asked):
         from edgetune.runtime.bench.prompts import read_prompts
 
@@ -105,7 +111,7 @@ def _report(run: Run, section: BenchSection, around: dict[str, Any]) -> dict[str
     report = {
         "format": FORMAT,
         "artifact": facts["artifact"],
-        "target": {"kind": "artifact", "provider": facts["provider"], "adapter": facts["adapter"]},
+        "target": {"kind": "artifact", **{key: facts[key] for key in ("provider", "adapter", "speculation")}},
         "files": facts["files"],
         "size_mb": round(folder_size(folder) / 1e6, 2),
         "verify_s": facts["verify_s"],

@@ -94,10 +94,11 @@ class Plot:
         wide, high = WIDTH - self.left - _RIGHT, self.height - _TOP - _BOTTOM
         return round(self.left + wide * self.x.share(x), 1), round(_TOP + high * (1 - self.y.share(y)), 1)
 
-    def line(self, points: Sequence[tuple[float, float]], colour: int, title: str = "") -> None:
+    def line(self, points: Sequence[tuple[float, float]], colour: int, title: str = "", dashed: bool = False) -> None:
         """A line through points."""
+        kind = "line dashed" if dashed else "line"
         path = " ".join(f"{a},{b}" for a, b in (self.at(x, y) for x, y in points))
-        self._parts.append(f'<polyline class="line c{colour % COLOURS}" points="{path}">{_tip(title)}</polyline>')
+        self._parts.append(f'<polyline class="{kind} c{colour % COLOURS}" points="{path}">{_tip(title)}</polyline>')
 
     def band(self, points: Sequence[tuple[float, float, float]], colour: int) -> None:
         """The area between two lines: x, low, high."""
@@ -172,10 +173,12 @@ def _tip(text: str) -> str:
     return f"<title>{escape(text)}</title>" if text else ""
 
 
-def legend(names: Sequence[str]) -> str:
-    """What the colours stand for, as a list that wraps."""
+def legend(names: Sequence[str], styles: Sequence[str] = ()) -> str:
+    """What the colours stand for, and whole and dashed lines, as a list that wraps; nothing of nothing."""
     items = "".join(f'<li><i class="c{n % COLOURS}"></i>{escape(name)}</li>' for n, name in enumerate(names))
-    return f'<ul class="legend">{items}</ul>'
+    for kind, name in zip(("solid", "dashed"), styles, strict=False):
+        items += f'<li><i class="{kind}"></i>{escape(name)}</li>'
+    return f'<ul class="legend">{items}</ul>' if items else ""
 
 
 def span(values: Sequence[float], zero: bool = False, margin: float = 0.05) -> tuple[float, float]:

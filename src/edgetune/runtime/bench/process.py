@@ -36,6 +36,7 @@ class Job:
             is None.
         huge_pages: as `profile.Settings`, for the bare generator.
         adapter: the one that is on; see `Artifact.adapter`.
+        speculation, exact: as GenerationOptions, for a session.
     """
 
     artifact: Path
@@ -47,6 +48,8 @@ class Job:
     use_profile: bool = True
     huge_pages: bool = True
     adapter: str | None = None
+    speculation: str = "auto"
+    exact: bool = False
 
 
 class Worker:

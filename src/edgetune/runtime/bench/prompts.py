@@ -83,6 +83,23 @@ def words_prompt(name: str, words: int) -> str:
     return " ".join(random.Random(name).choices(_WORDS.split(), k=words))
 
 
+def talks(kind: str, name: str, own: Sequence[Conversation | str] | None = None) -> list[list[Conversation | str]]:
+    """What is asked in one round of a workload: conversations, each a list of turns.
+
+    A turn is what is said behind the answer before it, or a text that is sent as it is.
+
+    Args:
+        kind: of `workloads.Workload`: chat, copy or file.
+        name: what the round is drawn by.
+        own: prompts of a file, each of which is asked.
+    """
+    if kind == "chat":
+        return [[[{"role": "user", "content": text}] for text in conversation(name)]]
+    if kind == "copy":
+        return [[copying(name)]]
+    return [[prompt] for prompt in own or ()]
+
+
 def conversation(name: str) -> list[str]:
     """What a person says in four turns; the answers between are the model's own."""
     draw = random.Random(f"chat {name}")
@@ -111,8 +128,8 @@ def copying(name: str) -> Conversation:
     return [{"role": "user", "content": f"{ask}\n\n{listed}\n\nWrite the list again, word for word."}]
 
 
-def quoted(prompt: Sequence[int], answer: Sequence[int], size: int = 4) -> float | None:
-    """The share of the answer's runs of `size` tokens that stand in the prompt; None where it has none."""
+def quoted(prompt: Sequence[Any], answer: Sequence[Any], size: int = 4) -> float | None:
+    """The share of the answer's runs of `size` tokens (or words) that stand in the prompt; None where it has none."""
     runs = [tuple(answer[i : i + size]) for i in range(len(answer) - size + 1)]
     there = {tuple(prompt[i : i + size]) for i in range(len(prompt) - size + 1)}
     return sum(run in there for run in runs) / len(runs) if runs else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgetune.errors import InputError
 from edgetune.files import digest, read_json
+from edgetune.run import RunFolder
 from edgetune.runtime.bench.schedule import Measured, Rounds
 from edgetune.runtime.bench.statistics import summary
 
@@ -32,6 +33,7 @@ def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     """A sample with what follows from its times: rates over all rows of a batch, time per output token, end to end.
 
     decode_ms: a token's time without sampling it; sampling is timed on the first token, whose logits are there already.
+    A session makes text of a token before the next one, so that goes off, too.
     """
     times, first = sample["itl_ms"], sample["ttft_ms"]
     tpot = sum(times) / len(times) if times else None
@@ -39,9 +41,13 @@ def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     found["prefill_tokens_per_s"] = _rate(batch * (sample["prompt_tokens"] or 0), first)
     found["decode_tokens_per_s"] = _rate(batch, tpot)
     found["tpot_ms"] = None if tpot is None else round(tpot, 4)
-    sampling = sample.get("sampling_ms")
-    found["decode_ms"] = None if tpot is None or sampling is None else round(max(tpot - sampling, 0.0), 4)
-    if found.get("e2e_ms") is None:
+    sampling, whole = sample.get("sampling_ms"), found.get("e2e_ms") is not None
+    if tpot is None or sampling is None:
+        found["decode_ms"] = None
+    else:
+        text = sample["detokenization_ms"] / sample["new_tokens"] if whole else 0.0
+        found["decode_ms"] = round(max(tpot - sampling - text, 0.0), 4)
+    if not whole:
         around = (sample.get("tokenization_ms") or 0) + (sample.get("detokenization_ms") or 0)
         found["e2e_ms"] = None if first is None else round(around + first + sum(times), 3)
     return found
@@ -99,15 +105,17 @@ def entry(measured: Measured, read_bytes: int | None, bandwidth: float | None) -
         "peak_pss_mb": measured.peak_pss_mb,
         **measured.meter,
     }
-    found["energy_j_per_token"] = _per_token(found["energy_j"], found["tokens"])
+    found["energy_j_per_token"] = per_token(found["energy_j"], found["tokens"])
     steps = found["tpot_ms"] and 1e3 / found["tpot_ms"]["p50"]
     from_memory = read_bytes is not None and read_bytes >= _LEAST_BYTES
     found["bandwidth_share"] = (
         round(read_bytes * steps / 1e9 / bandwidth, 4) if read_bytes and from_memory and bandwidth and steps else None
     )
     found["cached"] = cached_share(rounds)
-    quoted = [sample["quoted"] for samples in rounds for sample in samples if sample.get("quoted") is not None]
-    found["quoted"] = round(sum(quoted) / len(quoted), 4) if quoted else None
+    found["quoted"] = quoted_share(rounds)
+    for name in ("drafted_tokens", "accepted_tokens"):
+        counts = [sample[name] for samples in rounds for sample in samples if name in sample]
+        found[name] = sum(counts) if counts else None
     if measured.quiet:
         quiet = [[derived(sample, work.batch) for sample in samples] for samples in measured.quiet]
         found["quiet"] = summaries(quiet)
@@ -121,13 +129,20 @@ def cached_share(rounds: Rounds) -> float | None:
     return round(sum(sample["cached_tokens"] for sample in told) / read, 4) if read else None
 
 
+def quoted_share(rounds: Rounds) -> float | None:
+    """The mean share of the answers that stands in their prompts; None where that is not asked."""
+    found = [sample["quoted"] for samples in rounds for sample in samples if sample.get("quoted") is not None]
+    return round(sum(found) / len(found), 4) if found else None
+
+
 def _lengths(rounds: Rounds, name: str) -> int:
     """The median of what the samples had."""
     found = sorted(sample[name] or 0 for samples in rounds for sample in samples)
     return int(found[len(found) // 2]) if found else 0
 
 
-def _per_token(joules: float | None, tokens: int) -> float | None:
+def per_token(joules: float | None, tokens: int) -> float | None:
+    """Joules a token; None where the energy is not known."""
     return round(joules / tokens, 5) if joules is not None and tokens else None
 
 
@@ -147,9 +162,14 @@ def top(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def flat(name: str, rounds: Rounds) -> list[dict[str, Any]]:
-    """Samples as a report keeps them: each with its workload and round, without the tokens themselves."""
+    """Samples as a report keeps them: each with its workload and round, the tokens' hash in place of the tokens."""
     return [
-        {"workload": name, "round": number, **{key: value for key, value in sample.items() if key != "tokens"}}
+        {
+            "workload": name,
+            "round": number,
+            **{key: value for key, value in sample.items() if key != "tokens"},
+            "tokens_sha256": digest(sample["tokens"]),
+        }
         for number, samples in enumerate(rounds, 1)
         for sample in samples
     ]
@@ -187,8 +207,8 @@ def fair_share(threads: int, busy: int, cores: float) -> float:
     return min(1.0, threads * cores / (threads + busy) / alone)
 
 
-def read_report(file: Path) -> dict[str, Any]:
-    """A report that was saved. Raises InputError where it is none."""
+def read_report(file: Path, kind: str) -> dict[str, Any]:
+    """A report that was saved, of an `artifact` or of a service (`http`). Raises InputError where it is none."""
     report = read_json(file)
     fix = "give a report.json that `edgetune bench --out` wrote"
     if not isinstance(report, dict) or report.get("format") != FORMAT:
@@ -198,18 +218,26 @@ def read_report(file: Path) -> dict[str, Any]:
     try:
         for sample in report["samples"]:
             _ = sample["workload"], sample["round"], sample["decode_tokens_per_s"], sample["prefill_tokens_per_s"]
+            _ = sample["ttft_ms"], sample["itl_ms"], sample["prompt_tokens"]
         for one in report["workloads"]:
-            _ = one["name"], one["tokens_sha256"], one["peak_rss_mb"]
+            _ = one["name"], one["tokens_sha256"], one["rounds"], [one[name] for name in METRICS]
         _ = report["artifact"], report["hardware"]["cpu"]["model"], report["threads"], report["size_mb"]
+        _ = report["files"], report["peak_rss_mb"], report["memory"], report["decode_tokens_per_s"]
+        found = report["target"]["kind"]
     except (KeyError, TypeError) as error:
         raise InputError(f"lacks {error}", where=file, fix=fix) from error
+    if found != kind:
+        words = {"artifact": "an artifact", "http": "a service"}
+        what = f"is of {words.get(found, found)}, not of {words[kind]}"
+        raise InputError(what, where=file, fix=f"give the report of {words[kind]}, measured on the same work")
     return report
 
 
 def quality(folder: Path) -> dict[str, Any] | None:
-    """What the run's `verify` said of this artifact; None where it lies in no run, or was not verified."""
+    """What the run's `verify` said of this artifact; None where it lies in no run, was not verified, or is another one
+    than the one that was."""
     file = folder.parent / "verify" / "report.json"
-    if folder.name != "artifact" or not file.is_file():
+    if folder.name != "artifact" or not file.is_file() or not RunFolder(folder.parent).is_of_artifact("verify"):
         return None
     found = read_json(file)
     keys = ("kld_mean", "top1_agreement", "passed")
@@ -230,6 +258,8 @@ def siblings(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     found = [{"name": folder.parent.name, "this": True, **now}]
     for file in sorted(folder.parent.parent.glob("*/bench/report.json"))[:_MOST_SIBLINGS]:
         other = file.parent.parent / "artifact"
+        if not RunFolder(other.parent).is_of_artifact("bench"):
+            continue
         try:
             theirs, said = read_json(file), quality(other)
             same = theirs["hardware"]["cpu"]["model"] == report["hardware"]["cpu"]["model"]

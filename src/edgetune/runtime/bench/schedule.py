@@ -23,7 +23,7 @@ class Measured:
     Attributes:
         rounds: the samples of each counted round.
         quiet: those of the rounds without the busy processes beside; empty where there were none.
-        meter: of `Meter.result`, over the counted rounds.
+        meter: of `Meter.result`, over the counted rounds; what others did over the quiet ones, too.
         peak_rss_mb, peak_pss_mb: of the process during this workload, loading included for the first one.
     """
 
@@ -122,23 +122,27 @@ def _workload(
         for worker in workers:
             worker.round(number)
             shown.advance(note=work.name)
-    meters = [Meter([worker.pid, os.getpid()]) for worker in workers]
+    meters, quiet = ([Meter([worker.pid, os.getpid()]) for worker in workers] for _ in range(2))
     for number in range(warmup, rounds):
         first = number % len(workers)
         for index in [*range(first, len(workers)), *range(first)]:
             if busy:
-                found[index].quiet.append(workers[index].round(number))
+                with quiet[index].round():
+                    found[index].quiet.append(workers[index].round(number))
                 shown.advance()
-                with stress(busy):
+                with stress(busy) as pids, meters[index].round(pids):
                     found[index].rounds.append(workers[index].round(number))
             else:
                 with meters[index].round():
                     found[index].rounds.append(workers[index].round(number))
             shown.advance(note=f"{work.name}{_speed(found[index].rounds[-1], work.batch)}")
-    for worker, run, result, meter, before in zip(workers, runs, found, meters, loaded, strict=True):
+    for worker, run, result, before in zip(workers, runs, found, loaded, strict=True):
         result.peak_rss_mb, result.peak_pss_mb = max(before, worker.peak_rss_mb), worker.peak_pss_mb
-        result.meter = meter.result()
         run.works.append(result)
+    for result, meter, other in zip(found, meters, quiet, strict=True):
+        result.meter = meter.result()
+        disturbed = [each["others_busy_cores"] for each in (result.meter, other.result())]
+        result.meter["others_busy_cores"] = max((cores for cores in disturbed if cores is not None), default=None)
 
 
 def _speed(samples: list[dict[str, Any]], batch: int) -> str:

@@ -23,6 +23,37 @@ def table(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+METRIC_HEAD = ("workload", "metric", "p50", "p95", "p99", "mean", "95 % of the mean", "std", "min", "max", "samples")
+
+
+def metrics(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Everything that is known of each metric of each workload: rows under `METRIC_HEAD`."""
+    found = []
+    for entry in report["workloads"]:
+        for name, of in ((entry["name"], entry), (f"{entry['name']}, nothing beside", entry.get("quiet") or {})):
+            for key, what in _NAMES.items():
+                if one := of.get(key):
+                    first = [_short(one[part]) for part in ("p50", "p95", "p99", "mean")]
+                    rest = ["" if one["std"] is None else _short(one["std"]), _short(one["min"]), _short(one["max"])]
+                    found.append((name, what, *first, _span(one), *rest, f"{one['n']:,}"))
+    return found
+
+
+_NAMES = {
+    "ttft_ms": "time to first token, ms",
+    "tpot_ms": "time per output token, ms",
+    "itl_ms": "inter-token latency, ms",
+    "e2e_ms": "end to end, ms",
+    "prefill_tokens_per_s": "prefill, tokens/s",
+    "decode_tokens_per_s": "decode, tokens/s",
+    "tokenization_ms": "tokenization, ms",
+    "prefill_ms": "reading the prompt, ms",
+    "sampling_ms": "sampling a token, ms",
+    "decode_ms": "decoding a token, ms",
+    "detokenization_ms": "making text, ms",
+}
+
+
 def _head(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     cpu = report["hardware"]["cpu"]
     if report["target"]["kind"] == "http":
@@ -64,9 +95,12 @@ def _one(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "known already", f"{entry['cached']:.0%} of the prompts' tokens, of earlier ones"
     if entry["quoted"] is not None:
         yield "quoted", f"{entry['quoted']:.0%} of the answers stand in their prompts"
+    if entry.get("drafted_tokens"):
+        yield "guessed ahead", f"{entry['accepted_tokens']:,} of {entry['drafted_tokens']:,} tokens right"
 
 
 def _several(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Two to three rows each: speeds, latencies, the parts of a request."""
     for entry in entries:
         parts = []
         if entry["concurrency"]:  # reading is told by the time to the first token, as it holds waiting for others, too
@@ -75,15 +109,27 @@ def _several(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         for name in ("decode",) if entry["concurrency"] else ("prefill", "decode"):
             if entry[f"{name}_tokens_per_s"]:
                 parts.append(f"{name} {_rate(entry[f'{name}_tokens_per_s'])}")
-        if entry["ttft_ms"]:
-            parts.append(f"first token p50 {entry['ttft_ms']['p50']:,.1f}, p99 {entry['ttft_ms']['p99']:,.1f} ms")
-        if entry["itl_ms"]:
-            parts.append(f"between tokens p50 {entry['itl_ms']['p50']:,.2f}, p99 {entry['itl_ms']['p99']:,.2f} ms")
         if entry["cached"]:
             parts.append(f"{entry['cached']:.0%} of the prompts known already")
         if entry["quoted"] is not None:
             parts.append(f"{entry['quoted']:.0%} quoted")
+        if entry.get("drafted_tokens"):
+            parts.append(f"{entry['accepted_tokens']:,} of {entry['drafted_tokens']:,} guessed tokens right")
         yield entry["name"], "; ".join(parts)
+        latencies = [
+            f"{what} {' / '.join(_short(entry[name][key]) for key in ('p50', 'p95', 'p99'))}"
+            for name, what in (
+                ("ttft_ms", "first token"),
+                ("tpot_ms", "per token"),
+                ("itl_ms", "between tokens"),
+                ("e2e_ms", "end to end"),
+            )
+            if entry[name]
+        ]
+        if latencies:
+            yield "  p50 / p95 / p99, ms", "; ".join(latencies)
+        if apart := _apart(entry):
+            yield "  apart", apart
 
 
 def _apart(entry: dict[str, Any]) -> str:
@@ -162,6 +208,8 @@ def _comparison(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "compared with", found["baseline"] + (", in turn" if found["interleaved"] else ", measured before")
         for text in found["verdict"]:
             yield "verdict", text
+        for text in found["faults"]:
+            yield "fault", text
         for text in found["notes"]:
             yield "note", text
 
@@ -172,19 +220,33 @@ def _rate(found: dict[str, Any]) -> str:
 
 
 def _percentiles(found: dict[str, Any], digits: int) -> str:
-    return ", ".join(f"{name} {found[name]:,.{digits}f} ms" for name in ("p50", "p95", "p99"))
+    shares = ", ".join(f"{name} {found[name]:,.{digits}f} ms" for name in ("p50", "p95", "p99"))
+    span = f" (mean {found['ci95'][0]:,.{digits}f} to {found['ci95'][1]:,.{digits}f})" if found["ci95"] else ""
+    return shares + span
+
+
+def _span(found: dict[str, Any]) -> str:
+    return f"{_short(found['ci95'][0])} to {_short(found['ci95'][1])}" if found["ci95"] else ""
+
+
+CSV_HEAD = ("workload", "round", "client", "turn", "metric", "token", "value")
 
 
 def as_csv(report: dict[str, Any]) -> str:
-    """Every sample as CSV: round and token counted from 1; token 1's time is the time to first token, empty where none
-    was measured. `turn` is that of a conversation."""
+    """Every sample as CSV, a number a row under the name that it has in JSON.
+
+    `round`, `client`, `turn` and `token` are counted from 1; `token` is empty but for `ttft_ms` (1) and `itl_ms` (from 2).
+    """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["workload", "round", "turn", "token", "ms"])
+    lines.writerow(CSV_HEAD)
     for sample in report["samples"]:
-        times = [sample["ttft_ms"], *sample["itl_ms"]]
-        where = sample["workload"], sample["round"], sample.get("turn", 1)
-        lines.writerows([*where, token, "" if ms is None else ms] for token, ms in enumerate(times, 1))
+        where = sample["workload"], sample["round"], sample.get("client", 1), sample.get("turn", 1)
+        for name, value in sample.items():
+            if name == "itl_ms":
+                lines.writerows([*where, name, token, ms] for token, ms in enumerate(value, 2))
+            elif isinstance(value, int | float) and name not in ("round", "client", "turn"):
+                lines.writerow([*where, name, 1 if name == "ttft_ms" else "", value])
     return text.getvalue()
 
 
@@ -208,6 +270,12 @@ def measured_with(report: dict[str, Any]) -> list[tuple[str, str]]:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a markdown page."""
     lines = [f"# Benchmark of {report['artifact']}", "", *_markdown_table(table(report))]
+    if compared := report["comparison"]:
+        lines += ["", f"## Each metric of {compared['name']}", "", *_markdown_table(metrics(report), METRIC_HEAD)]
+        lines += ["", f"## Each metric of {compared['baseline']}", ""]
+        lines += _markdown_table(metrics(compared["report"]), METRIC_HEAD)
+    else:
+        lines += ["", "## Each metric", "", *_markdown_table(metrics(report), METRIC_HEAD)]
     lines += ["", "## Measured with", "", *_markdown_table(measured_with(report))]
     if report["files"]:
         files = [(name, f"`{value}`") for name, value in report["files"].items()]
@@ -215,5 +283,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {what} | {value.replace('|', '/')} |" for what, value in rows)]
+def _markdown_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> list[str]:
+    lines = [head, ["---"] * len(head), *([cell.strip().replace("|", "/") for cell in row] for row in rows)]
+    return ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines]

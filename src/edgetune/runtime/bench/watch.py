@@ -74,7 +74,7 @@ def throttled() -> int | None:
 
 
 class Meter:
-    """Adds up what happened during rounds: `with meter.round(): …`.
+    """Adds up what happened during rounds: `with meter.round(): …`. Energy is that of the whole processor.
 
     Args:
         own: ids of the processes whose work is no disturbance.
@@ -88,11 +88,13 @@ class Meter:
         self._throttled = throttled()
 
     @contextlib.contextmanager
-    def round(self) -> Any:
-        energy, busy, start = energy_uj(), busy_s(self._own), time.perf_counter()
+    def round(self, beside: Sequence[int] = ()) -> Any:
+        """Add up one round. `beside`: processes that are busy on purpose meanwhile; they live as long as the block."""
+        own = [*self._own, *beside]
+        energy, busy, start = energy_uj(), busy_s(own), time.perf_counter()
         yield
         self._wall += time.perf_counter() - start
-        self._others += busy_s(self._own) - busy
+        self._others += busy_s(own) - busy
         spent = joules(energy, energy_uj())
         self._joules = None if spent is None or self._joules is None else self._joules + spent
         if (now := frequency_mhz()) is not None:

@@ -8,7 +8,6 @@ process that started it. What libraries print goes to stderr.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import statistics
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError, from_system_error
-from edgetune.runtime.artifact import NO_ADAPTER, load_adapters
+from edgetune.runtime.artifact import load_adapters
 from edgetune.runtime.bench import prompts
+from edgetune.runtime.bench.asked import Asked
+from edgetune.runtime.bench.sample import ms, sha256
 from edgetune.runtime.bench.workloads import Workload
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.runtime.profile import Settings, settings_for
@@ -73,7 +74,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
 
     Returns:
         What does the rounds, and `artifact`, `files`, `max_length`, `graph`, `folder`, `provider`, `adapter`,
-        `threads`, `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
+        `speculation`, `threads`, `device_profile` (its settings, None where none is used), `verify_s`, `load_s`, `peak_rss_mb`.
 
     Raises:
         InputError: no sound artifact, no such adapter, or a provider that is missing.
@@ -96,7 +97,8 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
     chosen = settings_for(artifact, job["threads"], job["use_profile"]) if own else plain
     engine: Drawn | Asked
     if job["session"]:
-        engine = Asked(artifact, provider, adapter, job["threads"], job["use_profile"])
+        how = {name: job[name] for name in ("speculation", "exact")}
+        engine = Asked(artifact, provider, adapter, job["threads"], job["use_profile"], how)
     else:
         used = replace(
             chosen,
@@ -114,6 +116,7 @@ def opened(job: dict[str, Any]) -> tuple[Drawn | Asked, dict[str, Any]]:
         "folder": str(artifact.path),
         "provider": provider,
         "adapter": adapter,
+        "speculation": "off" if job["exact"] else job["speculation"],
         "threads": chosen.overlay()["intra_op_num_threads"],
         "device_profile": None if chosen == plain else asdict(chosen),
         "verify_s": round(verify_s, 3),
@@ -176,15 +179,15 @@ class Drawn:
         ids = [ids for _, ids in rows]
         return [
             {
-                "tokenization_ms": _ms(tokenization),
-                "prefill_ms": _ms(read - start) if work.prompt else None,
-                "sampling_ms": _ms(stamps[0] - read),
-                "ttft_ms": _ms(stamps[0] - start) if work.prompt else None,
-                "itl_ms": [_ms(b - a) for a, b in pairwise(stamps)],
-                "detokenization_ms": _ms(self._text(tokens)),
+                "tokenization_ms": ms(tokenization),
+                "prefill_ms": ms(read - start) if work.prompt else None,
+                "sampling_ms": ms(stamps[0] - read),
+                "ttft_ms": ms(stamps[0] - start) if work.prompt else None,
+                "itl_ms": [ms(b - a) for a, b in pairwise(stamps)],
+                "detokenization_ms": ms(self._text(tokens)),
                 "prompt_tokens": work.prompt,
                 "new_tokens": work.new,
-                "prompt_sha256": _sha256(ids[0] if len(ids) == 1 else ids),
+                "prompt_sha256": sha256(ids[0] if len(ids) == 1 else ids),
                 "tokens": tokens[0] if len(tokens) == 1 else tokens,
             }
         ]
@@ -239,7 +242,7 @@ class Drawn:
                 if count > 1:
                     differ += sum(a != b for a, b in zip(found, answer[first + 1 : first + 1 + count], strict=True))
                     of += count
-            times.append(_ms(statistics.median(taken)))
+            times.append(ms(statistics.median(taken)))
         return {"ms": times, "differ": differ, "of": of}
 
     def _text(self, tokens: list[list[int]]) -> float:
@@ -250,107 +253,6 @@ class Drawn:
             for token in row:
                 stream.decode(token)
         return time.perf_counter() - start
-
-
-class Asked:
-    """Conversations through a session, as `chat` and `serve` have them: template, stops and caches included."""
-
-    def __init__(
-        self, artifact: Artifact, provider: str, adapter: str | None, threads: int | None, use_profile: bool
-    ) -> None:
-        from edgetune.runtime.session import Session
-
-        if provider not in ("cpu", named(artifact.config)):
-            raise InputError(
-                f"chat, copy and prompts run on the CPU or on what the artifact was exported for, not on {provider}",
-                where="provider",
-                fix="measure ppN and tgN on it, or export the artifact for it",
-            )
-        self._session = Session(artifact, threads, use_profile=use_profile, on_cpu=provider == "cpu")
-        self._adapter = adapter or NO_ADAPTER
-
-    def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
-        """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
-
-        Of a file, each prompt is a round, whatever number is asked for.
-        """
-        self._work = work
-        names = prompts.round_names(warmup, repetitions)
-        if work.kind == "chat":
-            self._turns: list[list[Any]] = [
-                [{"role": "user", "content": text} for text in prompts.conversation(name)] for name in names
-            ]
-        elif work.kind == "copy":
-            self._turns = [[prompts.copying(name)] for name in names]
-        else:
-            assert work.file is not None
-            warm = [[prompts.conversation(name)[0]] for name in names[:warmup]]
-            self._turns = [*warm, *([prompt] for prompt in prompts.read_prompts(Path(work.file)))]
-        return len(self._turns)
-
-    def round(self, number: int) -> list[dict[str, Any]]:
-        """One conversation: a sample a turn. It ends where the context does."""
-        if self._work.kind != "chat":
-            return [self._answer(self._turns[number][0])[0]]
-        samples: list[dict[str, Any]] = []
-        said: list[dict[str, str]] = []
-        for turn in self._turns[number]:
-            said.append(turn)
-            try:
-                sample, text = self._answer(said)
-            except InputError:  # the conversation has filled the context
-                if not samples:
-                    raise
-                return samples
-            samples.append({"turn": len(samples) + 1, **sample})
-            said.append({"role": "assistant", "content": text})
-        return samples
-
-    def _answer(self, prompt: Any) -> tuple[dict[str, Any], str]:
-        from edgetune.runtime.options import GenerationOptions
-
-        session = self._session
-        ids = session.encode(prompt if isinstance(prompt, str) else session.render(prompt))
-        options = GenerationOptions(max_tokens=self._work.new, temperature=0, adapter=self._adapter)
-        start = time.perf_counter()
-        stream = session.stream(prompt, options)  # renders and encodes at once
-        begun = time.perf_counter()
-        stamps, tokens, done = [], [], None
-        with contextlib.closing(stream):  # type: ignore[type-var]
-            for piece in stream:
-                # Several tokens that come together came at one time.
-                stamps += [time.perf_counter()] * len(piece.ids)
-                tokens += [int(id) for id in piece.ids]
-                done = piece.completion
-        ended = time.perf_counter()
-        assert done is not None
-        sample = {
-            "tokenization_ms": _ms(begun - start),
-            "prefill_ms": None,
-            "sampling_ms": None,
-            "ttft_ms": _ms(stamps[0] - begun),
-            "itl_ms": [_ms(b - a) for a, b in pairwise(stamps)],
-            "detokenization_ms": None,
-            "e2e_ms": _ms(ended - start),
-            "prompt_tokens": done.prompt_tokens,
-            "cached_tokens": done.cached_tokens,
-            "new_tokens": len(tokens),
-            "finish_reason": done.finish_reason,
-            "prompt_sha256": _sha256(ids),
-            "tokens": tokens,
-        }
-        if self._work.kind == "copy":
-            share = prompts.quoted(ids, tokens)
-            sample["quoted"] = None if share is None else round(share, 4)
-        return sample, done.text
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 3)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _pss_mb() -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgetune.errors import InputError
-from edgetune.recipe import BenchSection
+from edgetune.recipe import BenchOptions, BenchSection
 
 NAMES = "ppN, tgN, ppN+tgM, chat, copy, standard"
 STANDARD = ("pp512", "tg128", "chat", "copy")
@@ -92,6 +92,16 @@ def parse(
     return sorted(dict.fromkeys(found), key=lambda work: work.through_session)
 
 
+def check_guessing(works: Sequence[Workload], options: BenchOptions) -> None:
+    """Raise InputError where guessing ahead is asked for, and nothing goes through a session."""
+    asked = {"speculation": options.speculation != "auto", "exact": options.exact}
+    for name, given in asked.items():
+        if given and not any(work.through_session for work in works):
+            raise InputError(
+                "is for chat, copy and prompts; other work is decoded one by one", where=name, fix="name one of those"
+            )
+
+
 def _one(name: str, section: BenchSection) -> Workload:
     if name in ("chat", "copy"):
         return Workload("chat" if name == "chat" else "copy", new=section.new_tokens)
@@ -135,10 +145,12 @@ def fitted(works: Sequence[Workload], context: int, where: str) -> tuple[list[Wo
                 )
             if work.length > context:
                 depth = context - (work.length - work.depth)
+                cut = replace(work, depth=depth)
                 notes.append(
-                    f"{work.name}: the artifact's context holds {context:,} tokens, so the depth is {depth:,}, not {work.depth:,}"
+                    f"{work.name} was not measured: the artifact's context holds {context:,} tokens, so the depth is "
+                    f"{depth:,}, not {work.depth:,} ({cut.name} in its place)"
                 )
-                work = replace(work, depth=depth)
+                work = cut
             if work.batch > 1 and work.depth and work.prompt:
                 notes.append(
                     f"{work.name} is left out: a batch reads its prompts in one call, so nothing can stand before"
