@@ -274,7 +274,7 @@ def test_two_services_in_turn(tmp_path: Path):
     assert found["ratios"][0]["value"] > 1 and found["ratios"][0]["low"] and "first token" in found["verdict"][0]
     assert sorted(b["messages"][0]["content"] for b in bodies) == sorted(b["messages"][0]["content"] for b in others)
     assert "produced texts differ" not in " ".join(found["notes"]) and not found["faults"]
-    assert as_html(report).count('class="line dashed') == 2
+    assert as_html(report).count('class="line dashed') == 4  # latency of both levels, rates over clients
     saved = tmp_path / "out" / "report.json"
     with service() as (url, _):
         again = compare_url(url, None, str(saved), None, (1,), section, None, options)

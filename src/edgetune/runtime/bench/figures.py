@@ -27,7 +27,7 @@ def _figure(title: str, what: str, picture: str, names: Sequence[str] = (), styl
 
 @dataclass(frozen=True)
 class _Line:
-    """What a workload wrote: its place among the colours, and whose measurement it is."""
+    """A line of a plot: a workload's place among the colours, whose measurement it is, and what there is of it."""
 
     name: str
     colour: int
@@ -167,12 +167,8 @@ def _apart(report: Report) -> list[str]:
     names = ("tokenization", "prefill", "sampling", "decoding", "making text")
     rows = []
     for entry in report["workloads"]:
-        if entry["e2e_ms"] and entry["decode_ms"] and entry["sampling_ms"]:
-            written = entry["new_tokens"]
-            times = [entry["tokenization_ms"], entry["prefill_ms"], entry["sampling_ms"], entry["decode_ms"]]
-            found = [time["p50"] for time in times]
-            found = [*found[:2], found[2] * written, found[3] * (written - 1)]
-            rows.append((entry["name"], [*found, entry["detokenization_ms"]["p50"]]))
+        if parts := _parts(entry):
+            rows.append((entry["name"], parts))
     if not rows:
         return []
     plot = Plot(
@@ -187,47 +183,88 @@ def _apart(report: Report) -> list[str]:
         for colour, (name, ms) in enumerate(zip(names, parts, strict=True)):
             plot.bar(start, start + ms, len(rows) - n, 20, colour, f"{name}: {ms:,.2f} ms")
             start += ms
-    return [_figure("Where a request's time goes", "Medians of the parts, one after the other.", plot.svg(), names)]
+    return [
+        _figure(
+            "Where a request's time goes",
+            "Medians of the parts; decoding is what is left of the whole.",
+            plot.svg(),
+            names,
+        )
+    ]
+
+
+def _parts(entry: Report) -> list[float]:
+    """Milliseconds of each part of a request of a workload, nothing where they are not known."""
+    if not entry["e2e_ms"] or not entry["sampling_ms"] or not entry["prefill_ms"]:
+        return []
+    names = ("tokenization_ms", "prefill_ms", "sampling_ms", "detokenization_ms", "e2e_ms")
+    begun, read, sampled, text, whole = (float(entry[name]["p50"]) for name in names)
+    if entry["kind"] == "drawn":  # a session's first token has more to it than sampling, so that counts once
+        sampled *= entry["new_tokens"]
+    return [begun, read, sampled, max(whole - begun - read - sampled - text, 0.0), text]
 
 
 def _rates_over(
-    rows: Sequence[dict[str, Any]], key: str, label: str, title: str, what: str, keys: dict[str, str]
+    groups: Sequence[_Line],
+    key: str,
+    label: str,
+    title: str,
+    what: str,
+    keys: dict[str, str],
+    styles: Sequence[str] = (),
 ) -> list[str]:
-    """Rates over a count (threads, clients)."""
-    counts = [float(row[key]) for row in rows]
-    shown = [(name, field) for field, name in keys.items() if all(row[field] for row in rows)]
+    """Rates over a count (threads, clients): a plot for each of `keys`, a line for each group."""
     found = []
-    for colour, (name, field) in enumerate(shown):
-        points = [(row[field]["p50"] if isinstance(row[field], dict) else row[field]) for row in rows]
+    for field, name in keys.items():
+        lines = [
+            (group, [(float(row[key]), _middle(row[field])) for row in group.samples if row[field]]) for group in groups
+        ]
+        lines = [(group, points) for group, points in lines if len(points) > 1]
+        if not lines:
+            continue
+        places = [point for _, points in lines for point in points]
+        counts = sorted({x for x, _ in places})
         plot = Plot(
             f"{name} over {label}",
             Axis(label, *span(counts, margin=0.08), names=[(count, number(count)) for count in counts]),
-            Axis(name, *span(points, zero=True, margin=0.15)),
+            Axis(name, *span([y for _, y in places], zero=True, margin=0.15)),
         )
-        plot.line(list(zip(counts, points, strict=True)), colour, name)
-        for count, value in zip(counts, points, strict=True):
-            plot.dot(count, value, colour, f"{number(count)}: {value:,.1f}")
-            ends = {counts[0]: "start", counts[-1]: "end"}
-            plot.word(count, value, f"{value:,.1f}", anchor=ends.get(count, "middle"))
-        found.append(_figure(f"{title}: {name}", what, plot.svg()))
+        for group, points in lines:
+            plot.line(points, group.colour, group.tip(styles), dashed=group.baseline)
+            for count, value in points:
+                plot.dot(count, value, group.colour, f"{group.tip(styles)}, {number(count)}: {value:,.1f}")
+                ends = {counts[0]: "start", counts[-1]: "end"}
+                if len(lines) == 1:
+                    plot.word(count, value, f"{value:,.1f}", anchor=ends.get(count, "middle"))
+        names = [group.name for group, _ in lines if not group.baseline]
+        found.append(_figure(f"{title}: {name}", what, plot.svg(), names, styles))
     return found
+
+
+def _middle(value: Any) -> float:
+    return float(value["p50"] if isinstance(value, dict) else value)
 
 
 def _scaling(report: Report) -> list[str]:
     if not report["scaling"]:
         return []
     keys = {"decode_tokens_per_s": "decode tokens/s", "prefill_tokens_per_s": "prefill tokens/s"}
-    return _rates_over(report["scaling"], "threads", "threads", "Threads", "Medians, measured in turn.", keys)
+    group = _Line("this artifact", 0, False, report["scaling"])
+    return _rates_over([group], "threads", "threads", "Threads", "Medians, measured in turn.", keys)
 
 
 def _clients(report: Report) -> list[str]:
-    rows = [entry for entry in report["workloads"] if entry["concurrency"]]
-    if len(rows) < 2:
-        return []
+    styles, groups = _styles(report), []
+    known: dict[str, int] = {}
+    for baseline in (False, True)[: 1 + bool(styles)]:
+        works: dict[str, list[dict[str, Any]]] = {}
+        for entry in (report["comparison"]["report"] if baseline else report)["workloads"]:
+            if entry["concurrency"]:
+                works.setdefault(entry["name"].rpartition(", ")[0], []).append(entry)
+        groups += [_Line(name, known.setdefault(name, len(known)), baseline, rows) for name, rows in works.items()]
     keys = {"total_tokens_per_s": "tokens/s of all", "ttft_ms": "first token, ms"}
-    return _rates_over(
-        rows, "concurrency", "clients at once", "Clients", "What the service gives to so many at once.", keys
-    )
+    what = "What the service gives to so many at once."
+    return _rates_over(groups, "concurrency", "clients at once", "Clients", what, keys, styles)
 
 
 def _ratios(report: Report) -> list[str]:
@@ -241,17 +278,24 @@ def _ratios(report: Report) -> list[str]:
         Axis(f"times as fast as {report['comparison']['baseline']}", *span(ends, margin=0.15)),
         Axis("", 0.4, len(found) + 0.6, names=[(len(found) - n, name) for n, name in enumerate(names)]),
         height=84 + 30 * len(found),
-        left=150,
+        left=min(max(120, 12 + 7 * max(map(len, names))), 220),
     )
     plot.rule(1.0, upright=True)
     for n, one in enumerate(found):
-        y, colour = len(found) - n, 0 if one["value"] >= 1 else 1
+        y, colour = len(found) - n, _side(one)
         if one["low"]:
             plot.line([(one["low"], y), (one["high"], y)], colour)
         plot.dot(one["value"], y, colour, f"{names[n]}: {one['value']:.3f}")
         plot.word(one["value"], y, f"{one['value']:.2f}")
-    what = "Points are ratios, lines their 95 % intervals; right of 1 is faster."
+    what = "Points are ratios, lines their 95 % intervals; right of 1 is faster, grey is no sure difference."
     return [_figure("Comparison", what, plot.svg())]
+
+
+def _side(found: Report) -> int:
+    """The colour of faster, slower, and neither."""
+    if found["low"] and found["low"] <= 1 <= found["high"]:
+        return 5
+    return 0 if found["value"] >= 1 else 1
 
 
 def _front(report: Report) -> list[str]:

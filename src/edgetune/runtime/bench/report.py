@@ -33,7 +33,8 @@ def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     """A sample with what follows from its times: rates over all rows of a batch, time per output token, end to end.
 
     decode_ms: a token's time without sampling it; sampling is timed on the first token, whose logits are there already.
-    A session makes text of a token before the next one, so that goes off, too.
+    A session makes text of a token before the next one, so that goes off, too; where it guessed ahead, a token has no time
+    of its own.
     """
     times, first = sample["itl_ms"], sample["ttft_ms"]
     tpot = sum(times) / len(times) if times else None
@@ -42,7 +43,7 @@ def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
     found["decode_tokens_per_s"] = _rate(batch, tpot)
     found["tpot_ms"] = None if tpot is None else round(tpot, 4)
     sampling, whole = sample.get("sampling_ms"), found.get("e2e_ms") is not None
-    if tpot is None or sampling is None:
+    if tpot is None or sampling is None or sample.get("drafted_tokens"):
         found["decode_ms"] = None
     else:
         text = sample["detokenization_ms"] / sample["new_tokens"] if whole else 0.0

@@ -144,7 +144,7 @@ def _apart(entry: dict[str, Any]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _device(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
