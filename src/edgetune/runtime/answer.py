@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Piece, TokenLogprob, ToolCall
 from edgetune.runtime.guidance import Guide
 from edgetune.runtime.native import native
 from edgetune.runtime.options import GenerationOptions
-from edgetune.runtime.prefix import FAILED, Context, OnPrefill, Reader
+from edgetune.runtime.prefix import FAILED, Cancel, Context, OnPrefill, Reader
 from edgetune.runtime.sampling import Sampler, likeliest, log_softmax
 from edgetune.runtime.speculation import DEFAULT_COSTS, Counts, Policy, guessing, row_reader
 from edgetune.runtime.stops import StopFilter
@@ -44,7 +44,7 @@ class Request:
         ids: the prompt's tokens, at least one.
         limit: most tokens of the answer, which have room in the context.
         options: how.
-        cancel: ends it at the next token.
+        cancel: ends it at once.
         on_prefill: told how many tokens of the prompt are read, and how many there are.
         tools: names of the functions whose calls are read from the answer.
         adapter: the one that is on.
@@ -53,7 +53,7 @@ class Request:
     ids: list[int]
     limit: int
     options: GenerationOptions
-    cancel: threading.Event
+    cancel: Cancel
     on_prefill: OnPrefill | None = None
     tools: tuple[str, ...] = ()
     adapter: str | None = None
@@ -156,9 +156,13 @@ class Answer:
         made = _Made(time.perf_counter())
         request = self._request
         context = self._reader.begin(request.ids, request.limit, self._guide, self._reuse(), request.adapter)
-        prompt_logprobs = self._read(context)
+        prompt_logprobs = None
         try:
-            yield from self._written(context, made)
+            with context.interruptible(request.cancel):
+                prompt_logprobs = self._read(context)
+                yield from self._written(context, made)
+        except Interrupted:
+            pass
         except GeneratorExit:
             self._keep(context, made)
             raise
@@ -194,7 +198,7 @@ class Answer:
                 elif ended:
                     made.reason = "stop"
                 yield Piece(made.text[-1], (token,), None, found)
-                if made.reason != "cancelled":
+                if made.reason != "cancelled" or self._request.cancel.is_set():
                     return
 
     def _reuse(self) -> str:

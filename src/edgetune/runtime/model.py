@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.errors import EdgetuneError, first_line
+from edgetune.runtime import capi as og
 from edgetune.runtime import genai
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.kernels import session_options
@@ -20,7 +21,7 @@ _HUGE_FROM_MB = 32  # what is smaller stays in the processor's caches
 
 @dataclass
 class Loaded:
-    """What ONNX Runtime GenAI made of an artifact: its module, the model and the tokenizer."""
+    """What ONNX Runtime GenAI made of an artifact: the module of its classes, the model and the tokenizer."""
 
     og: Any
     model: Any
@@ -46,8 +47,7 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
         options |= _right(artifact)
     else:
         require(provider, artifact.name)
-    og = genai()
-    register_genai(og, provider)
+    register_genai(genai(), provider)
     try:
         config = og.Config(str(artifact.path))
         if provider != own:

@@ -4,9 +4,9 @@ service."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypedDict
 
 from edgetune.errors import InputError
 
@@ -120,6 +120,42 @@ class GenerationOptions:
         """Whether each token is the likeliest one as the model says it, and nothing else is asked about it."""
         shaped = self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return self.temperature == 0 and not shaped and self.logprobs is None
+
+
+class OptionFields(TypedDict, total=False):
+    """Fields of GenerationOptions as keywords."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: Sequence[str]
+    json_schema: dict[str, Any] | None
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    regex: str | None
+    grammar: str | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    reuse: Literal["exact", "fast", "off"]
+    speculation: Literal["off", "auto", "on"]
+    exact: bool
+    adapter: str | None
+
+
+def options_of(options: GenerationOptions | None, fields: OptionFields) -> GenerationOptions:
+    """`options`, or the defaults, with `fields` in place of theirs. Raises InputError."""
+    given: dict[str, Any] = {**fields}
+    if unknown := given.keys() - OptionFields.__annotations__.keys():
+        names = sorted(OptionFields.__annotations__)
+        raise InputError(
+            f"is no option: {', '.join(sorted(unknown))}", where="options", fix=f"there are {', '.join(names)}"
+        )
+    return replace(options or GenerationOptions(), **given)
 
 
 def _whole(name: str, value: Any, low: int, high: int | None) -> None:

@@ -11,11 +11,12 @@ and adapter, of which a few are kept, and a conversation's is made with room for
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,14 @@ OnPrefill = Callable[[int, int], None]
 _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat longer prompt finds room
 _MOST_KEPT = 3  # contexts
 _LEAST_BYTES = 64 << 20  # of KV cache that a conversation may have, however small the model
+_LOOK_S = 0.02  # how often is looked whether to interrupt a native call
 FAILED = "the generation failed"
+
+
+class Cancel(Protocol):
+    """Says whether an answer is given up, as `threading.Event` does."""
+
+    def is_set(self) -> bool: ...
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Context:
         whole: how many of them, from the start, were read in whole pieces.
         cached: how many tokens of the last prompt were not read again.
         once: it is not kept.
+        interrupted: the generator is halted, somewhere behind `ids`.
     """
 
     generator: Any
@@ -53,6 +62,27 @@ class Context:
     whole: int = 0
     cached: int = 0
     once: bool = False
+    interrupted: bool = False
+
+    @contextlib.contextmanager
+    def interruptible(self, cancel: Cancel) -> Iterator[None]:
+        """While the block runs, `cancel` ends the native call that it is in, which then raises `capi.Interrupted`."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(_LOOK_S):
+                if cancel.is_set():
+                    self.generator.interrupt()
+                    self.interrupted = True
+                    return
+
+        watcher = threading.Thread(target=watch, name="edgetune-cancel", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
 
 class Reader:
@@ -91,8 +121,15 @@ class Reader:
 
     def keep(self, context: Context) -> None:
         """Keep a context for prompts to come; only where its `ids` are right."""
-        if not (self.fixed or context.once):
-            self._kept.append(context)
+        if self.fixed or context.once:
+            return
+        if context.interrupted:
+            try:
+                context.generator.resume(len(context.ids))
+            except RuntimeError:  # not every provider can
+                return
+            context.interrupted = False
+        self._kept.append(context)
 
     def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None) -> Context:
         """A context for a prompt and an answer: a new one, or one that was kept, cut back to what begins both.
@@ -155,15 +192,13 @@ class Reader:
             return False
         return True
 
-    def read(
-        self, context: Context, ids: list[int], cancel: threading.Event, on_prefill: OnPrefill | None = None
-    ) -> None:
+    def read(self, context: Context, ids: list[int], cancel: Cancel, on_prefill: OnPrefill | None = None) -> None:
         """Read what a context does not know of a prompt, a piece at a time, until it is cancelled."""
         for _ in self._pieces(context, ids, self.piece, cancel, on_prefill):
             pass
 
     def logits(
-        self, context: Context, ids: list[int], cancel: threading.Event, on_prefill: OnPrefill | None = None
+        self, context: Context, ids: list[int], cancel: Cancel, on_prefill: OnPrefill | None = None
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """`read` that gives the logits on the way.
 
@@ -177,7 +212,7 @@ class Reader:
                 yield start, np.asarray(context.generator.get_output("logits")[0], np.float32)
 
     def _pieces(
-        self, context: Context, ids: list[int], size: int, cancel: threading.Event, on_prefill: OnPrefill | None
+        self, context: Context, ids: list[int], size: int, cancel: Cancel, on_prefill: OnPrefill | None
     ) -> Iterator[int]:
         while (start := len(context.ids)) < len(ids) and not cancel.is_set():
             end = min(start // size * size + size, len(ids))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime.answer import Answer, Request, cancelled
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Message, Piece, TokenLogprob, ToolCall
 from edgetune.runtime.model import load_model
 from edgetune.runtime.native import check_text
-from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
+from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions, OptionFields, options_of
 from edgetune.runtime.prefix import OnPrefill, Reader
 from edgetune.runtime.profile import settings_for
 from edgetune.runtime.templates import Template
@@ -50,7 +52,8 @@ class Session:
         self, artifact: Artifact, threads: int | None = None, *, use_profile: bool = True, on_cpu: bool = False
     ) -> None:
         self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._held: weakref.ref[Generator[Piece]] | None = None  # the stream that has the lock
         started = time.perf_counter()
         loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -66,10 +69,21 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the model, once a generation that runs has ended. The session cannot be used afterwards."""
-        with self._lock:
-            self._model = self._tokenizer = None
-            del self._reader, self._template
+        """Free the model. The session cannot be used afterwards; closing it again does nothing.
+
+        An answer that is being made in another thread ends with reason `cancelled`; a stream that nobody reads on ends.
+        """
+        self._closing.set()
+        while not self._lock.acquire(timeout=_WAIT_S):
+            if self._held is not None and (stream := self._held()) is not None:
+                with contextlib.suppress(ValueError):  # it runs in another thread, and ends by itself
+                    stream.close()
+        try:
+            if self._tokenizer is not None:
+                self._model = self._tokenizer = None
+                del self._reader, self._template
+        finally:
+            self._lock.release()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -99,14 +113,16 @@ class Session:
             self._open()
             whole = len(request.ids) // self._reader.piece * self._reader.piece
             context = self._reader.begin(request.ids, request.limit, None, request.options.reuse, request.adapter)
-            self._reader.read(context, request.ids[:whole], request.cancel)
+            with contextlib.suppress(Interrupted), context.interruptible(request.cancel):
+                self._reader.read(context, request.ids[:whole], request.cancel)
             self._reader.keep(context)
         return len(context.ids)
 
     def forget(self) -> None:
-        """Free what is kept of the last prompt: its KV cache, for the length that was asked for."""
+        """Free what is kept of earlier prompts: their KV caches."""
         with self._lock:
-            self._reader.forget()
+            if self._tokenizer is not None:
+                self._reader.forget()
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The text that the chat template makes of a conversation, up to where the assistant's answer begins.
@@ -140,32 +156,33 @@ class Session:
         *,
         tools: Sequence[dict[str, Any]] = (),
         on_prefill: OnPrefill | None = None,
-        adapter: str | None = None,
+        **fields: Unpack[OptionFields],
     ) -> Iterator[Piece]:
         """Generate an answer, a piece a token.
 
         The prompt is checked at once; the work begins with the first piece. A generation that another one is
         ahead of waits for it. Close the iterator (`contextlib.closing`) or read it to its end: until then it
-        holds the session, and a second generation of the same thread would wait for ever.
+        holds the session, and a second generation of the same thread would wait for ever. Closing the session ends it.
 
         Args:
             prompt: messages go through the chat template; a string is sent as it is.
             options: the defaults of GenerationOptions when None.
-            cancel: set it from any thread, and the answer ends at the next token with reason `cancelled`.
+            cancel: set it from any thread, and the answer ends with reason `cancelled`, in the middle of the prompt, too.
             tools: functions that the model may call, as OpenAI's API describes them; what it calls is in
                 `Completion.tool_calls`. With a string as prompt they only say which calls are looked for.
             on_prefill: called with the number of tokens of the prompt that are read, and of all, after each piece.
-            adapter: in place of the options' adapter.
+            fields: of GenerationOptions (`max_tokens=64, temperature=0.7`), in place of those of `options`.
 
         Raises:
-            InputError: there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none
+            InputError: an option is out of range, there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none
                 of the model's, or the constraint cannot be followed.
             EdgetuneError: the runtime failed.
         """
-        options = options or GenerationOptions()
-        if adapter is not None:
-            options = replace(options, adapter=adapter)
-        return self._stream(self._request(prompt, options, cancel, tools, on_prefill))
+        request = self._request(prompt, options_of(options, fields), cancel, tools, on_prefill)
+        own: list[weakref.ref[Generator[Piece]]] = []
+        found = self._stream(request, own)
+        own.append(weakref.ref(found))
+        return found
 
     def generate(
         self,
@@ -175,13 +192,14 @@ class Session:
         *,
         tools: Sequence[dict[str, Any]] = (),
         on_prefill: OnPrefill | None = None,
-        adapter: str | None = None,
+        **fields: Unpack[OptionFields],
     ) -> Completion:
         """The whole answer; arguments and errors are those of `stream`."""
         found = None
-        for piece in self.stream(prompt, options, cancel, tools=tools, on_prefill=on_prefill, adapter=adapter):
+        for piece in self.stream(prompt, options, cancel, tools=tools, on_prefill=on_prefill, **fields):
             found = piece.completion
-        assert found is not None
+        if found is None:  # the session was closed meanwhile
+            raise _closed()
         return found
 
     def _request(
@@ -209,16 +227,18 @@ class Session:
             raise InputError(f"the model has {size:,} tokens, none with id {unknown}", where="logit_bias")
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        return Request(ids, limit, options, cancel or threading.Event(), on_prefill, names, adapter)
+        return Request(ids, limit, options, _Either(self._closing, cancel), on_prefill, names, adapter)
 
-    def _stream(self, request: Request) -> Iterator[Piece]:
+    def _stream(self, request: Request, own: list[weakref.ref[Generator[Piece]]]) -> Generator[Piece]:
         while not self._lock.acquire(timeout=_WAIT_S):
             if request.cancel.is_set():
                 yield cancelled(request)
                 return
+        self._held = own[0]
         try:
             yield from self._answer(request).pieces()
         finally:
+            self._held = None
             self._lock.release()
 
     def _answer(self, request: Request) -> Answer:
@@ -232,7 +252,7 @@ class Session:
 
     def _open(self) -> Any:
         if self._tokenizer is None:
-            raise EdgetuneError("the session is closed")
+            raise _closed()
         return self._tokenizer
 
     def _check_contract(self) -> None:
@@ -258,6 +278,21 @@ class Session:
                     raise EdgetuneError(
                         f"golden prompt {number}: {what} {_difference(found, wanted)}", where=where, fix=fix
                     )
+
+
+class _Either:
+    """Set where one of two events is."""
+
+    def __init__(self, one: threading.Event, other: threading.Event | None) -> None:
+        self._events = (one,) if other is None else (one, other)
+
+    def is_set(self) -> bool:
+        """Whether one of them is."""
+        return any(event.is_set() for event in self._events)
+
+
+def _closed() -> EdgetuneError:
+    return EdgetuneError("the session is closed", fix="load the artifact again, or use it inside the `with` block")
 
 
 def _difference(found: Sequence[Any], wanted: Sequence[Any]) -> str:
