@@ -1,18 +1,14 @@
-"""Sessions: the chat contract, generation, cancelling, threads, JSON Schema."""
+"""Sessions: the chat contract, prompts, generation, and what a device needs."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +20,11 @@ from artifacts import CONVERSATIONS, MAX_LENGTH, copy_of, edit_json, seal, tiny_
 from edgetune import runtime
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime.artifact import open_artifact
-from edgetune.runtime.options import GenerationOptions
+from edgetune.runtime.options import GenerationOptions, OptionFields
 from edgetune.runtime.prefix import Context
-from edgetune.runtime.session import Piece, Session
+from edgetune.runtime.session import Session
 
 ASK: Any = [{"role": "user", "content": "What is 2 plus 2?"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "maximum": 999}, "ok": {"type": "boolean"}},
-    "required": ["n", "ok"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -294,236 +284,6 @@ def test_decode_gives_back_what_was_encoded(session: Session) -> None:
     assert session.decode(session.encode("a👋")[:-1]) == "a"  # half a character is not shown
 
 
-# --- JSON Schema
-
-
-def only(text: str) -> dict[str, Any]:
-    """A schema with one answer."""
-    said = {"type": "object", "properties": {"say": {"const": text}}, "required": ["say"]}
-    return {**said, "additionalProperties": False}
-
-
-def test_json_schema(session: Session) -> None:
-    for seed in range(6):
-        options = GenerationOptions(json_schema=SCHEMA, temperature=1.5, top_k=0, seed=seed, max_tokens=150)
-        answer = session.generate(ASK, options)
-        assert answer.finish_reason == "stop"
-        found = json.loads(answer.text)
-        assert found.keys() == {"n", "ok"}
-        assert type(found["n"]) is int and found["n"] <= 999 and type(found["ok"]) is bool
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "objec"},
-        {"type": "string", "pattern": "(("},
-        {"$ref": "#/definitions/missing"},
-        {"properties": []},
-    ],
-)
-def test_broken_schema(session: Session, schema: Any) -> None:
-    with pytest.raises(InputError, match="the schema cannot be followed") as caught:
-        session.generate(ASK, GenerationOptions(json_schema=schema))
-    assert caught.value.where == "json_schema"
-    assert session.generate(ASK, GenerationOptions(max_tokens=2)).completion_tokens == 2
-
-
-def test_schema_beyond_the_runtime_is_an_error(session: Session) -> None:
-    with pytest.raises(EdgetuneError, match="leave emoji and other characters of several tokens out"):
-        session.generate(ASK, GenerationOptions(json_schema=only("👋🏽")))
-    assert session.generate(ASK, GenerationOptions(max_tokens=2)).completion_tokens == 2
-
-
-def test_free_strings_are_json_or_an_error(session: Session) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"say": {"type": "string", "maxLength": 12}},
-        "required": ["say"],
-    }
-    ends = set()
-    for seed in range(30):
-        options = GenerationOptions(
-            json_schema={**schema, "additionalProperties": False}, temperature=2, top_k=0, seed=seed
-        )
-        try:
-            answer = session.generate(ASK, options)
-        except EdgetuneError as error:
-            assert "its JSON is not whole" in str(error)
-            ends.add("error")
-        else:
-            assert set(json.loads(answer.text)) == {"say"}
-            ends.add(answer.finish_reason)
-    assert "stop" in ends and "length" not in ends
-
-
-def test_build_without_guidance_is_no_silent_success(
-    tiny_artifact: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with runtime.load(tiny_artifact) as session:  # one that has not tried guidance yet
-        real = session._reader._og
-
-        class Params:  # takes guidance and forgets it, as such a build does
-            def __new__(cls, model: Any) -> Any:
-                class Deaf(real.GeneratorParams):  # type: ignore[misc,name-defined]
-                    def set_guidance(self, *_: object) -> None:
-                        pass
-
-                return Deaf(model)
-
-        class Module:
-            GeneratorParams = Params
-            Generator = real.Generator
-
-        monkeypatch.setattr(session._reader, "_og", Module)
-        with pytest.raises(EdgetuneError, match="cannot follow a JSON Schema"):
-            session.generate(ASK, GenerationOptions(json_schema=SCHEMA))
-
-
-@pytest.mark.parametrize("seed", [None, 1, 2])
-@pytest.mark.parametrize(
-    ("constraint", "fits"),
-    [
-        ({"regex": "[a-c]{3,5}(x|yz)"}, r"[a-c]{3,5}(x|yz)"),
-        ({"grammar": 'start: WORD ("-" WORD){1,2}\nWORD: /[a-e]+[0-9]/'}, r"[a-e]+\d(-[a-e]+\d){1,2}"),
-    ],
-)
-def test_regex_and_grammar(session: Session, constraint: dict[str, str], fits: str, seed: int | None) -> None:
-    drawn: Any = {} if seed is None else {"temperature": 1.5, "top_k": 8, "top_p": 0.9, "min_p": 0.01, "seed": seed}
-    options = GenerationOptions(max_tokens=100, **constraint, **drawn)
-    answer = session.generate(ASK, options)
-    if answer.finish_reason == "length":  # a random model may repeat a letter for ever
-        assert "grammar" in constraint
-        options = GenerationOptions(max_tokens=100, **constraint, temperature=2, top_k=0, seed=3)
-        answer = session.generate(ASK, options)
-    assert answer.finish_reason == "stop"
-    assert re.fullmatch(fits, answer.text)
-    assert session.generate(ASK, options).ids == answer.ids  # the kept context begins the constraint anew
-
-
-def test_draws_under_a_constraint_follow_the_model(session: Session) -> None:
-    """Where the drawn token is not allowed, an allowed one is drawn by its probability, not the first one."""
-    options = {"regex": "[a-z]", "temperature": 2.0, "top_k": 0}
-    drawn = {session.generate(ASK, GenerationOptions(seed=seed, **options)).text for seed in range(20)}
-    assert len(drawn) > 5
-    narrow = {**options, "top_k": 1}  # what it keeps is not allowed: then the likeliest that is
-    likeliest = session.generate(ASK, GenerationOptions(regex="[a-z]")).text
-    assert {session.generate(ASK, GenerationOptions(seed=seed, **narrow)).text for seed in range(5)} == {likeliest}
-
-
-@pytest.mark.parametrize("constraint", [{"regex": "(("}, {"grammar": "start: nope"}, {"regex": "(?<=a)b"}])
-def test_broken_regex_and_grammar(session: Session, constraint: Any) -> None:
-    with pytest.raises(InputError, match="cannot be followed") as caught:
-        session.generate(ASK, GenerationOptions(**constraint))
-    assert caught.value.where == next(iter(constraint))
-
-
-def test_constraints_that_nothing_answers(session: Session) -> None:
-    with pytest.raises(EdgetuneError, match="leave emoji and other characters of several tokens out"):
-        session.generate(ASK, GenerationOptions(regex="👋🏽"))
-    answer = session.generate(ASK, GenerationOptions(regex="[a-c]{20}", max_tokens=5))
-    assert (answer.finish_reason, answer.completion_tokens) == ("length", 5)
-
-
-# --- cancelling and threads
-
-
-def test_cancel_from_another_thread(session: Session) -> None:
-    cancel, started = threading.Event(), threading.Event()
-    pieces: list[Piece] = []
-
-    def read() -> None:
-        for piece in session.stream(ASK, GenerationOptions(temperature=1.0, top_k=5, seed=1), cancel):
-            pieces.append(piece)
-            started.set()
-            time.sleep(0.002)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert started.wait(10)
-    cancelled = time.perf_counter()
-    cancel.set()
-    reader.join(10)
-    assert time.perf_counter() - cancelled < 10
-    last = pieces[-1].completion
-    assert last is not None
-    assert last.finish_reason == "cancelled"
-    assert last.completion_tokens == len(pieces) - 1 < 150
-    assert last.text == "".join(piece.text for piece in pieces)
-    assert session.generate(ASK, GenerationOptions(max_tokens=5)).completion_tokens == 5
-
-
-def test_cancelled_before_it_begins(session: Session) -> None:
-    cancel = threading.Event()
-    cancel.set()
-    answer = session.generate(ASK, cancel=cancel)
-    assert (answer.finish_reason, answer.ids, answer.ttft_s) == ("cancelled", (), None)
-
-
-def test_a_second_generation_waits_and_can_be_cancelled(session: Session) -> None:
-    first = session.stream(ASK, GenerationOptions(max_tokens=10))
-    next(first)  # holds the session
-    ended: dict[str, Any] = {}
-
-    def ask(name: str, cancel: threading.Event) -> None:
-        ended[name] = session.generate(ASK, GenerationOptions(max_tokens=10), cancel)
-
-    give_up = threading.Event()
-    threads = {
-        name: threading.Thread(target=ask, args=(name, event))
-        for name, event in {"gives up": give_up, "waits": threading.Event()}.items()
-    }
-    for thread in threads.values():
-        thread.start()
-    time.sleep(0.15)
-    assert not ended
-    give_up.set()
-    threads["gives up"].join(0.2)
-    assert ended["gives up"].finish_reason == "cancelled"
-    rest = list(first)
-    threads["waits"].join(10)
-    assert rest[-1].completion is not None
-    assert ended["waits"].ids == rest[-1].completion.ids
-
-
-def test_a_stream_left_early_frees_the_session(session: Session) -> None:
-    with closing(session.stream(ASK)) as stream:
-        next(stream)
-    for _ in session.stream(ASK):
-        break
-    assert session.generate(ASK, GenerationOptions(max_tokens=3)).completion_tokens == 3
-
-
-def test_threads_do_not_mix(session: Session) -> None:
-    asks: list[Any] = [[{"role": "user", "content": f"Question {n}, please."}] for n in range(6)]
-    options = [GenerationOptions(max_tokens=30, temperature=1.0, top_k=0, seed=n) for n in range(6)]
-    alone = [session.generate(ask, option).ids for ask, option in zip(asks, options, strict=True)]
-    together: dict[int, list[Any]] = {}
-
-    def ask(n: int) -> None:
-        together[n] = list(session.stream(asks[n], options[n]))
-
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    for n in range(6):
-        assert together[n][-1].completion.ids == alone[n]
-        assert tuple(itertools.chain(*(piece.ids for piece in together[n]))) == alone[n]
-
-
-def test_closed(tiny_artifact: Path) -> None:  # noqa: F811
-    session = runtime.load(tiny_artifact)
-    session.close()
-    with pytest.raises(EdgetuneError, match="the session is closed"):
-        session.generate(ASK)
-    for threads in (0, 100_000):  # the latter would take all memory for its threads
-        with pytest.raises(InputError, match="threads: must be 1 to"):
-            runtime.load(tiny_artifact, threads=threads)
-
-
 # --- what a device needs
 
 
@@ -546,14 +306,40 @@ def test_no_training_library_and_no_telemetry(tiny_artifact: Path) -> None:  # n
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import time; t = time.perf_counter(); import edgetune.runtime, sys; took = time.perf_counter() - t\n"
-        "print(took, 'onnxruntime_genai' in sys.modules)"
-    )
-    done = run_python(code)
-    took, native = done.stdout.split()
-    assert float(took) < 0.25
-    assert native == "False"
+    heavy = {
+        "numpy",
+        "onnxruntime",
+        "onnxruntime_genai",
+        "tokenizers",
+        "pydantic",
+        "jinja2",
+        "psutil",
+        "typer",
+        "rich",
+        "yaml",
+    }
+    code = f"import sys; import edgetune.runtime; print(sorted({heavy!r} & set(sys.modules)))"
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_the_package_gives_what_its_users_need() -> None:
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        runtime.Nothing  # noqa: B018
+    assert (Path(runtime.__file__).parents[1] / "py.typed").is_file()
+
+
+def test_options_as_keywords(session: Session) -> None:
+    assert OptionFields.__annotations__.keys() == {field.name for field in fields(GenerationOptions)}
+    drawn = session.generate(ASK, max_tokens=12, temperature=1.0, seed=3)
+    assert drawn.ids == session.generate(ASK, GenerationOptions(max_tokens=12, temperature=1.0, seed=3)).ids
+    both = session.generate(ASK, GenerationOptions(max_tokens=30, temperature=1.0, seed=3), max_tokens=12)
+    assert both.ids == drawn.ids
+    with pytest.raises(InputError, match="is no option: max_token"):
+        session.generate(ASK, max_token=3)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="temperature: must be a number from 0 to 2"):
+        session.stream(ASK, temperature=3)
 
 
 LEAKS = """

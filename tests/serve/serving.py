@@ -80,12 +80,12 @@ class FakeSession:
 
 
 @contextlib.contextmanager
-def served(session: Any, name: str = "tiny", queue: int = 8) -> Iterator[str]:
+def served(session: Any, name: str = "tiny", queue: int = 8, system: str | None = None) -> Iterator[str]:
     """Run the service in a thread; yields its URL."""
     listener = bind("127.0.0.1", 0)
     address = url(listener)
     ready = threading.Event()
-    server = Server(create_app(session, name, queue), listener, ready.set)
+    server = Server(create_app(session, name, queue, system), listener, ready.set)
     thread = threading.Thread(target=server.run_until_signal)
     thread.start()
     try:

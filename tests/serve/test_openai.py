@@ -119,6 +119,23 @@ def test_json_schema(client: openai.OpenAI) -> None:
     assert caught.value.param == "response_format"
 
 
+def test_a_system_prompt_of_the_service_is_read_ahead(session: Session) -> None:
+    system = "You answer in one short sentence, please. " * 3
+    session.forget()
+    with served(session, system=system) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        asked: Any = {"model": "tiny", "max_tokens": 6}
+        answer = client.chat.completions.create(messages=say("hello"), **asked)
+        usage = answer.usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 64
+        same = client.chat.completions.create(messages=[{"role": "system", "content": system}, *say("hello")], **asked)
+        assert same.choices[0].message.content == answer.choices[0].message.content
+        other = client.chat.completions.create(
+            messages=[{"role": "system", "content": "Short."}, *say("hello")], **asked
+        )
+        assert other.usage is not None and other.usage.prompt_tokens < usage.prompt_tokens
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": say("hello"), "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**asked, extra_body={"prompt_logprobs": 1})

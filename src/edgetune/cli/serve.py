@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edgetune.cli._common import Json, NoProfile
+from edgetune.cli._generation import Threads
 
 
 def command(
@@ -20,7 +21,14 @@ def command(
         str | None, typer.Option(help="The model's name for clients; the artifact's own when not given.")
     ] = None,
     queue: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores when not given.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|TEXT",
+            help="System prompt of conversations that bring none of their own; read before the first request.",
+        ),
+    ] = None,
+    threads: Threads = None,
     no_profile: NoProfile = False,
     as_json: Json = False,
 ) -> None:
@@ -34,11 +42,13 @@ def command(
       edgetune serve runs/quickstart/artifact
       edgetune serve runs/quickstart/artifact --port 0 --json
       edgetune serve runs/quickstart/artifact --name my-model --queue 4 --threads 2
+      edgetune serve runs/quickstart/artifact --system rules.txt
     """
     import json
     import shlex
 
     from edgetune.progress import say
+    from edgetune.runtime.prompt import read_system
     from edgetune.serve.server import serve
 
     def ready(url: str, model: str) -> None:
@@ -50,5 +60,13 @@ def command(
         say(f'  or in Python: openai.OpenAI(base_url="{url}/v1", api_key="none")')
 
     serve(
-        artifact, host=host, port=port, name=name, queue=queue, threads=threads, use_profile=not no_profile, ready=ready
+        artifact,
+        host=host,
+        port=port,
+        name=name,
+        queue=queue,
+        system=None if system is None else read_system(system),
+        threads=threads,
+        use_profile=not no_profile,
+        ready=ready,
     )

@@ -5,16 +5,28 @@ Never imports torch, transformers or peft. Nothing native is imported before tel
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+if TYPE_CHECKING:
+    from edgetune.runtime.completion import Completion, Message, Piece
+    from edgetune.runtime.options import GenerationOptions
+    from edgetune.runtime.plain.encoder import Embedder
+    from edgetune.runtime.plain.heads import Answerer, Classifier, Tagger
+    from edgetune.runtime.plain.seq2seq import Seq2Seq
+    from edgetune.runtime.session import Session
 
 Kind = TypeVar("Kind")
 
 # ONNX Runtime reads this once, when its library is loaded; what the caller's environment says does not count.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-__all__ = ["genai", "load"]
+__all__ = [
+    "Answerer", "Classifier", "Completion", "Embedder", "GenerationOptions", "Message", "Piece", "Seq2Seq", "Session", "Tagger",
+    "genai", "load",
+]  # fmt: skip
 
 
 def genai() -> Any:
@@ -27,8 +39,29 @@ def genai() -> Any:
     return onnxruntime_genai
 
 
+# What is imported when it is asked for, from where: importing this package stays light.
+_LATER = {
+    "GenerationOptions": "options",
+    "Session": "session",
+    "Completion": "completion",
+    "Message": "completion",
+    "Piece": "completion",
+    "Embedder": "plain.encoder",
+    "Classifier": "plain.heads",
+    "Tagger": "plain.heads",
+    "Answerer": "plain.heads",
+    "Seq2Seq": "plain.seq2seq",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
 @overload
-def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Any: ...
+def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Session: ...
 
 
 @overload
@@ -44,11 +77,12 @@ def load(
         path: the artifact, or the run folder that holds it.
         threads: CPU threads; the device profile's, or all cores, when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
-        kind: what is expected; type checkers then know what comes back.
+        kind: what is expected, `Embedder` for example; another artifact is refused. Type checkers take what comes back for
+            that, and for a decoder's `Session` where it is not given.
 
     Returns:
-        What its task asks for: a `session.Session` of a decoder; of an encoder a `plain.encoder.Embedder`, or a
-        `Classifier`, `Tagger` or `Answerer` of `plain.heads`; a `plain.seq2seq.Seq2Seq`.
+        What the artifact's task asks for: a `Session` of a decoder; of an encoder an `Embedder`, `Classifier`, `Tagger` or
+        `Answerer`; a `Seq2Seq`.
 
     Raises:
         InputError: it is no artifact, a file of it is missing or changed, or it is not what was expected.

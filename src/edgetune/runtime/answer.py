@@ -169,13 +169,14 @@ class Answer:
         rest, calls = self._words.rest()
         made.text.append(rest)
         self._keep(context, made)
-        if self._guide is not None and made.reason == "stop" and not self._words.stops.found:
+        fits = None if self._guide is None else made.reason == "stop"
+        if self._guide is not None and fits:
             self._guide.check(self._words.said, self._artifact)
         counts = (len(self._request.ids), len(made.ids), made.ttft_s, made.speed(), context.cached)
         logprobs = tuple(made.logprobs) if self._options.logprobs is not None else None
         text = "".join(made.text)
         guessed = (self._counts.drafted, self._counts.accepted)
-        done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls, *guessed)
+        done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls, *guessed, fits)
         yield Piece(rest, (), done)
 
     def _written(self, context: Context, made: _Made) -> Iterator[Piece]:

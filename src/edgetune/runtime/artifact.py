@@ -117,9 +117,8 @@ class Artifact:
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model in one call.
 
-        A call cannot be interrupted and holds Python's lock, so this bounds how long a cancel waits. Where the head gives
-        logits of every position, it also bounds their memory: 64 tokens in a call halve the peak of 1,500, cost no time,
-        and give bit for bit the same logits. Where it gives those of the last one, 128 are faster.
+        Where the head gives logits of every position, this bounds their memory: 64 tokens in a call halve the peak of 1,500,
+        cost no time, and give bit for bit the same logits. Where it gives those of the last one, 128 are faster.
         """
         return 128 if self.last_logits_only else 64
 

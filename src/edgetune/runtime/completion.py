@@ -76,6 +76,8 @@ class Completion:
         tool_calls: the calls in the answer, where tools were given.
         drafted_tokens: tokens that were guessed ahead.
         accepted_tokens: those of them that were right.
+        fits: whether the answer fits the constraint that was asked for: True when it ended with `stop`, False when it was
+            cut (`length`, `cancelled`). None where there was no constraint.
     """
 
     text: str
@@ -91,6 +93,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    fits: bool | None = None
 
     def describe(self) -> str:
         """The numbers in one line, for people."""
@@ -105,8 +108,9 @@ class Completion:
         return ", ".join([*parts, f"ended by {self.finish_reason}"])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the token ids, and logprobs and tool calls only where there are some."""
+        """For JSON: everything but the token ids; logprobs, tool calls and `fits` only where there are some."""
         left_out = {"ids"} | {key for key in ("logprobs", "prompt_logprobs", "tool_calls") if not getattr(self, key)}
+        left_out |= {"fits"} if self.fits is None else set()
         return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 

@@ -1,4 +1,8 @@
-"""Constraints: answers that fit a JSON Schema, a regular expression or a grammar, or are errors."""
+"""Constraints: answers that fit a JSON Schema, a regular expression or a grammar.
+
+An answer that ends by itself fits, or is an error. One that is cut, at its limit or by who asked, does not fit, and says so:
+`Completion.fits` and `finish_reason`.
+"""
 
 from __future__ import annotations
 

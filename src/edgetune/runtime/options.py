@@ -39,7 +39,8 @@ class GenerationOptions:
         frequency_penalty: the same for each time that the answer has them, -2 to 2.
         logit_bias: added to logits, -100 to 100, by token id.
         seed: makes drawing repeatable, 0 to 2^31-1; None: different each time.
-        stop: the answer ends before the first of these strings; any sequence of strings is kept as a tuple.
+        stop: the answer ends before the first of these strings; any sequence of strings is kept as a tuple. Not together
+            with a constraint, which says itself where the answer ends.
         json_schema: the answer is a JSON text that fits this JSON Schema.
         regex: the answer as a whole fits this regular expression, in the syntax of Rust's regex.
         grammar: the answer fits this context-free grammar, in llguidance's dialect of Lark.
@@ -114,6 +115,12 @@ class GenerationOptions:
                 raise InputError("must be a string that is not empty", where=name)
         if len(given) > 1:
             raise InputError(f"cannot be combined with {given[0]}", where=given[1], fix="give one constraint")
+        if given and self.stop:
+            raise InputError(
+                f"cannot be combined with {given[0]}: what is cut off would not fit it",
+                where="stop",
+                fix="leave the stop strings out; the constraint says where the answer ends",
+            )
 
     @property
     def greedy(self) -> bool:

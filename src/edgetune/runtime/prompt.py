@@ -1,7 +1,8 @@
-"""What `generate` reads: the prompt from an argument, a file or a pipe, JSON Schema, grammar and tools."""
+"""What commands read: the prompt from an argument, a file or a pipe, system prompt, JSON Schema, grammar and tools."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,14 @@ def _text(data: bytes, where: str) -> str:
     if "\0" in text:
         raise InputError("is not text: it holds NUL characters", where=where, fix="give text in UTF-8")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_system(value: str) -> str:
+    """A system prompt: a file's text, where there is such a file, else the text itself. Raises InputError."""
+    with contextlib.suppress(OSError, ValueError):  # a text may be too long for a file's name
+        if Path(value).is_file():
+            return read_prompt(None, Path(value))
+    return read_prompt(value, None)
 
 
 def read_schema(value: str) -> dict[str, Any]:

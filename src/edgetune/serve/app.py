@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgetune.progress import say
 from edgetune.runtime.artifact import NO_ADAPTER
 from edgetune.serve.error import ApiError
+from edgetune.serve.messages import with_system
 from edgetune.serve.reply import Reply, model_object
 from edgetune.serve.schema import ChatRequest
 from edgetune.serve.worker import Answer, Cancelled, Failed, QueueFull, Refused, Worker
@@ -35,13 +36,14 @@ _CLIENT_LEFT = 499  # the status that log readers know for "the client closed th
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
-def create_app(session: Session, name: str, queue: int) -> FastAPI:
+def create_app(session: Session, name: str, queue: int, system: str | None = None) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
         session: the loaded artifact.
         name: the model's name, which requests must give; `NAME:ADAPTER` asks for an adapter of the artifact's.
         queue: how many requests may wait while one is answered.
+        system: the system prompt of conversations that bring none; it is read now.
 
     Returns:
         The application; its `state.worker` is the queue, to be stopped before the server is.
@@ -50,6 +52,8 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
     app = FastAPI(title="edgetune", docs_url=None, redoc_url=None, openapi_url=None)
     worker = app.state.worker = Worker(session, queue)
     created = int(time.time())
+    if system is not None:
+        session.read(with_system([{"role": "user", "content": ""}], system))
     models = models_of(session.adapters, name)
 
     @app.get("/health")
@@ -70,7 +74,7 @@ def create_app(session: Session, name: str, queue: int) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         asked = ChatRequest.parse(await _read_body(request))
         _check_model(asked.model, models)
-        answer = request.state.answer = _submit(worker, asked, models[asked.model])
+        answer = request.state.answer = _submit(worker, asked, models[asked.model], system)
         if asked.stream:
             return await _streamed(request, answer, asked)
         return await _whole(request, answer, asked)
@@ -142,8 +146,8 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _submit(worker: Worker, asked: ChatRequest, adapter: str | None) -> Answer:
-    messages, tools = asked.conversation(), asked.functions()
+def _submit(worker: Worker, asked: ChatRequest, adapter: str | None, system: str | None) -> Answer:
+    messages, tools = with_system(asked.conversation(), system), asked.functions()
     options = replace(asked.options(), adapter=adapter)
     try:
         return worker.submit(messages, options, tools)

@@ -86,3 +86,10 @@ def _text(content: Any, where: str) -> str:
             raise ApiError(400, f"{at}.text must be a string.", param=f"{at}.text", code="invalid_value")
         texts.append(part["text"])
     return "".join(texts)  # nothing between them: the model reads what the client wrote
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """A conversation with the service's system prompt in front, where it has one, and the conversation none."""
+    if system is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]

@@ -108,6 +108,9 @@ class ChatRequest(_Part):
             raise _refusal(error) from None
         for key, value in (request.model_extra or {}).items():
             _check_extra(key, value)
+        if request.stream and request.prompt_logprobs is not None:
+            what = "prompt_logprobs is not available with stream=true; leave one of them out."
+            raise ApiError(400, what, param="prompt_logprobs", code="invalid_value")
         if request.stream_options and not request.stream:
             raise ApiError(400, "stream_options needs stream=true.", param="stream_options", code="invalid_value")
         return request

@@ -29,6 +29,7 @@ def serve(
     port: int,
     name: str | None,
     queue: int,
+    system: str | None = None,
     threads: int | None,
     use_profile: bool = True,
     ready: Callable[[str, str], None],
@@ -41,6 +42,7 @@ def serve(
         port: TCP port; 0 takes a free one.
         name: the model's name for clients; the artifact's own when None.
         queue: how many requests may wait while one is answered.
+        system: the system prompt of conversations that bring none; it is read before requests are taken.
         threads: CPU threads for the model; the device profile's, or all cores, when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
         ready: called with the service's URL and the model's name once requests are taken.
@@ -59,14 +61,14 @@ def serve(
         with lease(artifact.path, "edgetune serve"):
             session = Session(artifact, threads=threads, use_profile=use_profile)
             model = name or artifact.name
-            app = create_app(session, model, queue)
+            app = create_app(session, model, queue, system)
             Server(app, listener, lambda: ready(url(listener), model)).run_until_signal()
             ended = app.state.worker.close(timeout=_THREAD_S)
     say("stopped")
     if ended:
         session.close()
         return
-    # The model is inside a call that cannot be interrupted. Port and lease are free, and there is nothing to
+    # The model is inside a call that was not interrupted in time. Port and lease are free, and there is nothing to
     # save: better to end here than to wait for it, or to free the model under it.
     os._exit(0)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import InputError
 from edgetune.runtime.completion import Completion, Piece
-from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions
+from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions, OptionFields, options_of
 from edgetune.runtime.plain.artifact import PlainArtifact
 from edgetune.runtime.plain.description import DECODER_GRAPH, ENCODER_GRAPH
 from edgetune.runtime.plain.graph import Graph, value_of
@@ -71,8 +71,7 @@ class Seq2Seq:
         text: str,
         options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-        *,
-        max_tokens: int | None = None,
+        **fields: Unpack[OptionFields],
     ) -> Iterator[Piece]:
         """Generate an answer, a piece a token. The text is checked at once, the work begins with the first piece.
 
@@ -81,13 +80,13 @@ class Seq2Seq:
             options: of which `max_tokens` (512 at most when None, and never more than the model writes) and `stop` are
                 followed.
             cancel: set it from any thread, and the answer ends at the next token with reason `cancelled`.
-            max_tokens: in place of the options' own.
+            fields: of GenerationOptions (`max_tokens=64`), in place of those of `options`.
 
         Raises:
             InputError: the text is empty or over-long, or the options ask for what such a model does not do here.
             EdgetuneError: closed, or the runtime failed.
         """
-        options = options or GenerationOptions()
+        options = options_of(options, fields)
         plain = GenerationOptions(exact=options.exact)
         asked = [
             name for name in vars(plain) if name not in _FOLLOWED and getattr(options, name) != getattr(plain, name)
@@ -98,8 +97,7 @@ class Seq2Seq:
                 where=self.artifact.name,
                 fix=f"leave {'it' if len(asked) == 1 else 'them'} out",
             )
-        limit = GenerationOptions(max_tokens=max_tokens).max_tokens or options.max_tokens or DEFAULT_MAX_TOKENS
-        limit = min(limit, self.artifact.description.max_answer)
+        limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, self.artifact.description.max_answer)
         return self._answer(self.encode(text), limit, options.stop, cancel or threading.Event())
 
     def generate(
@@ -107,12 +105,11 @@ class Seq2Seq:
         text: str,
         options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-        *,
-        max_tokens: int | None = None,
+        **fields: Unpack[OptionFields],
     ) -> Completion:
         """The whole answer; see `stream`."""
         completion = None
-        for piece in self.stream(text, options, cancel, max_tokens=max_tokens):
+        for piece in self.stream(text, options, cancel, **fields):
             completion = piece.completion
         assert completion is not None
         return completion
