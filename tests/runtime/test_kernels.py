@@ -29,6 +29,16 @@ def test_int8_weights_are_loaded_otherwise_only_where_they_overflow(
         assert kernels.session_options(other) == {}
 
 
+@pytest.mark.parametrize("flags", [["avx2", "avx_vnni"], ["avx512_vnni", "avx512f"], ["avx2", "avx512f"], ["neon"]])
+def test_vnni_answers_before_the_test(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    """Only a processor without it is tested when an artifact is loaded."""
+    tested: list[object] = []
+    monkeypatch.setattr("edgetune.runtime.hardware.cpu", lambda: {"instruction_sets": flags})
+    monkeypatch.setattr(kernels, "errors", lambda session: tested.append(session) or {"int8 activations": 1.0})
+    has = any("vnni" in flag for flag in flags)
+    assert kernels.overflows.__wrapped__() == (not has) and tested == ([] if has else [{}])
+
+
 def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = kernels.weights
 

@@ -206,7 +206,7 @@ def test_an_error_forgets(session: Session, monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("edgetune.runtime.answer.Sampler.scores", broken)
+    monkeypatch.setattr("edgetune.runtime.sampling.Sampler.scores", broken)
     with pytest.raises(Exception, match="no memory"):
         session.generate(prompt, SHORT)
     monkeypatch.undo()

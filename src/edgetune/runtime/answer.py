@@ -14,7 +14,6 @@ from edgetune.runtime.guidance import Guide
 from edgetune.runtime.native import native
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.prefix import FAILED, Cancel, Context, OnPrefill, Reader
-from edgetune.runtime.sampling import Sampler, likeliest, log_softmax
 from edgetune.runtime.speculation import DEFAULT_COSTS, Counts, Policy, guessing, row_reader
 from edgetune.runtime.stops import StopFilter
 from edgetune.runtime.tools import MARKS, ToolFilter
@@ -215,6 +214,8 @@ class Answer:
         if (count := self._options.prompt_logprobs) is None:
             self._reader.read(context, ids, cancel, on_prefill)
             return None
+        from edgetune.runtime.sampling import log_softmax
+
         found: list[TokenLogprob | None] = [None]
         for start, logits in self._reader.logits(context, ids, cancel, on_prefill):
             for place, row in enumerate(log_softmax(logits), start + 1):
@@ -229,7 +230,11 @@ class Answer:
                 with native(FAILED, self._artifact):
                     ids = next(guesses)
                 yield Step(ids)
-        sampler = None if self._options.greedy else Sampler(self._options, self._request.ids)
+        sampler = None
+        if not self._options.greedy:  # numpy is imported for it
+            from edgetune.runtime.sampling import Sampler, log_softmax
+
+            sampler = Sampler(self._options, self._request.ids)
         generator, fix = context.generator, self._guide.fix if self._guide else None
         while True:
             with native(FAILED, self._artifact, fix):
@@ -264,6 +269,8 @@ class Answer:
         return guessing(read, generator.rewind_to, self._request.ids, first, policy, limit, counts)
 
     def _logprob(self, row: Any, token: int, count: int) -> TokenLogprob:
+        from edgetune.runtime.sampling import likeliest
+
         top = tuple(self._named(row, other) for other in likeliest(row, count))
         return self._named(row, token, top)
 

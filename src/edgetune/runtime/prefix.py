@@ -16,15 +16,16 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetune.runtime.artifact import Artifact, load_adapters
 from edgetune.runtime.guidance import Guide, require_guidance
 from edgetune.runtime.hardware import available_memory
 from edgetune.runtime.native import native
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 OnPrefill = Callable[[int, int], None]
 _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat longer prompt finds room
@@ -206,6 +207,8 @@ class Reader:
             An iterator over pieces: the place of the first position, and the logits (positions, vocabulary) of it and
             the following ones.
         """
+        import numpy as np
+
         size = 1 if self._artifact.last_logits_only else self.piece
         for start in self._pieces(context, ids, size, cancel, on_prefill):
             with native(FAILED, self._artifact):
