@@ -1,4 +1,4 @@
-"""A merged model as GGUF, for `runtime_vs.py`: Llama's architecture with a byte-level BPE tokenizer.
+"""A merged model as GGUF, for `runtime_vs.py`: Llama's or Phi-3's architecture with a byte-level BPE tokenizer.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names of keys and tensors are the package `gguf`'s.
 """
@@ -6,7 +6,9 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names of keys
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from edgetune.models.check import weight_files
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 # How a text is cut before the merges, as tokenizer.json has it, and what llama.cpp calls that.
 _CUTS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
+_KINDS = ("llama", "phi3")  # GGUF's names are those of config.json
 
 
 def write_gguf(merged: Path, out: Path, half: bool) -> None:
@@ -36,15 +39,18 @@ def write_gguf(merged: Path, out: Path, half: bool) -> None:
 
     config = _config(merged)
     with staged_file(out) as temporary:
-        writer = GGUFWriter(temporary, "llama")
+        writer = GGUFWriter(temporary, config["model_type"])
         _describe(writer, config, half)
         _tokenizer(writer, merged, config)
-        for name, values in _tensors(merged, config):
-            # GGUFWriter takes the type from the array
-            writer.add_tensor(name, values.astype(np.float16 if half and values.ndim > 1 else np.float32))
+        tensors = list(_tensors(merged, config))
+        for tensor in tensors:
+            kind = np.dtype(np.float16 if half and len(tensor.shape) > 1 else np.float32)
+            writer.add_tensor_info(tensor.name, tensor.shape, kind, math.prod(tensor.shape) * kind.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:  # one in memory at a time
+            writer.write_tensor_data(tensor.values(half))
         writer.close()
 
 
@@ -64,14 +70,16 @@ def _config(merged: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(merged / "config.json")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     wrong = None
-    if config.get("model_type") != "llama":
+    if config.get("model_type") not in _KINDS:
         wrong = f"is a {config.get('model_type')} model"
     elif rope.get("rope_type", "default") != "default":
         wrong = f"has rotary angles of the kind {rope['rope_type']}"
+    elif (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1) != 1:
+        wrong = "turns a part of each head only"
     elif config.get("attention_bias") or config.get("mlp_bias"):
         wrong = "has biases"
     if wrong:
-        raise InputError(wrong, where=merged, fix="only plain Llama models are written as GGUF here")
+        raise InputError(wrong, where=merged, fix="only plain Llama and Phi-3 models are written as GGUF here")
     config["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta", 10_000.0)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -91,6 +99,11 @@ def _describe(writer: Any, config: dict[str, Any], half: bool) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
+    if config["model_type"] == "phi3":
+        length = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(length)
+        if config.get("sliding_window"):
+            writer.add_sliding_window(config["sliding_window"])
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -107,12 +120,16 @@ def _tokenizer(writer: Any, merged: Path, config: dict[str, Any]) -> None:
             fix="only byte-level BPE, digits apart or not, is written as GGUF here",
         )
     size = config["vocab_size"]
+    added = found.get("added_tokens", [])
+    if (most := max([*model["vocab"].values(), *(token["id"] for token in added)], default=0)) >= size:
+        what = f"has a token {most}, and the model {size:,} of them"
+        raise InputError(what, where=merged / "tokenizer.json", fix="take the model's own tokenizer")
     tokens, types = [f"[PAD{number}]" for number in range(size)], [_UNUSED] * size
     for text, number in model["vocab"].items():
         tokens[number], types[number] = text, _NORMAL
-    for added in found.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    for token in added:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_CUTS[kinds])
@@ -130,24 +147,46 @@ def _tokenizer(writer: Any, merged: Path, config: dict[str, Any]) -> None:
         writer.add_chat_template(template.read_text(encoding="utf-8"))
 
 
-def _tensors(merged: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor under GGUF's name, float32. Rows of q and k are put in llama.cpp's order of rotary pairs."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the merged model: GGUF's name, and where it lies. `heads`: rows are put in order for so many of them."""
+
+    name: str
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    heads: int | None
+
+    def values(self, half: bool) -> np.ndarray:
+        """Its values, matrices in float16 where `half`, else float32."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as opened:  # numpy has no bfloat16
+            values = opened.get_tensor(self.key).float().numpy()
+        if self.heads is not None:
+            values = rotary_pairs(values, self.heads)
+        return values.astype(np.float16 if half and values.ndim > 1 else np.float32)
+
+
+def _tensors(merged: Path, config: dict[str, Any]) -> Iterator[_Tensor]:
+    """Each tensor under GGUF's name. Rows of Llama's q and k are put in llama.cpp's order of rotary pairs; Phi-3's, which
+    it turns as transformers does, stay as they are."""
     from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import safe_open
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    llama = config["model_type"] == "llama"
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA if llama else MODEL_ARCH.PHI3, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]} if llama else {}
     for file in weight_files(merged):
-        with safe_open(file, framework="pt") as opened:  # numpy has no bfloat16
+        with safe_open(file, framework="pt") as opened:
             for key in sorted(opened.keys()):
                 if key == "lm_head.weight" and config.get("tie_word_embeddings"):
                     continue
                 name = names.get_name(key, try_suffixes=(".weight",))
                 if name is None:
-                    raise InputError(f"has a tensor that Llama has not: {key}", where=file)
-                values = opened.get_tensor(key).float().numpy()
-                count = heads.get(key.split(".")[-2])
-                yield name, values if count is None else rotary_pairs(values, count)
+                    raise InputError(f"has a tensor that a {config['model_type']} model has not: {key}", where=file)
+                shape = tuple(opened.get_slice(key).get_shape())
+                yield _Tensor(name, file, key, shape, heads.get(key.split(".")[-2]))
 
 
 def rotary_pairs(values: np.ndarray, heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from edgetune.runtime.bench.statistics import Ratio, ratio
 OURS, LLAMA, OPENVINO = "edgetune", "llama.cpp", "OpenVINO GenAI"
 CLASS = 1.25  # files of which one is at most so many times as large as the other are of one size class
 DECODE, PREFILL, LEVEL, LOAD_S = 1.4, 1.2, 0.97, 0.5
+SHAPE = 1.1  # decode and prefill, of a large model's shape with random weights
 Row = dict[str, Any]
 
 
@@ -30,21 +31,32 @@ def rivals(own: Row, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def goals(own: Row, rows: Sequence[Row]) -> list[tuple[bool, str]]:
-    """The goals of an artifact against the others of its size class: whether each is met, and in words."""
+def goals(own: Row, rows: Sequence[Row], shape: bool = False) -> list[tuple[bool, str]]:
+    """The goals of an artifact against the others of its size class: whether each is met, and in words.
+
+    None is met against what is closer to the merged model than ours is.
+
+    Args:
+        shape: weights are random, so that speeds alone are compared, with llama.cpp's.
+    """
     others = rivals(own, rows)
     llama = [row for row in others if row["engine"] == LLAMA]
     openvino = [row for row in others if row["engine"] == OPENVINO]
     said: list[tuple[bool, str]] = []
     if not own["decode"]:
         return said
-    for among, rate, goal in ((others, "decode", DECODE), (llama, "prefill", PREFILL), (openvino, "prefill", LEVEL)):
+    wanted = [(others, "decode", DECODE), (llama, "prefill", PREFILL), (openvino, "prefill", LEVEL)]
+    if shape:
+        wanted = [(llama, "decode", SHAPE), (llama, "prefill", SHAPE)]
+    for among, rate, goal in wanted:
         if not among:
             continue
         best = max(among, key=lambda row: float(median(row[rate]) or 0))
         found = ratio(own[rate], best[rate], paired=len(own[rate]) == len(best[rate]))
-        words = f"{rate} {_times(found)} that of {best['name']}{_kl(own, best)}; goal: {goal:g} times"
-        said.append((found.value >= goal, words))
+        words = f"{rate} {_times(found)} that of {best['name']}{'' if shape else _kl(own, best)}; goal: {goal:g} times"
+        said.append((found.value >= goal and not _further(own, best), words))
+    if shape:
+        return said
     if own["warm_s"]:
         warm = float(median(own["warm_s"]) or 0)
         said.append((warm <= LOAD_S, f"loaded in {warm:.2f} s; goal: {LOAD_S:g} s"))
@@ -52,8 +64,14 @@ def goals(own: Row, rows: Sequence[Row]) -> list[tuple[bool, str]]:
         least = min(llama, key=lambda row: float(row["memory"]["peak_rss_mb"]))
         mine, theirs = own["memory"]["peak_rss_mb"], least["memory"]["peak_rss_mb"]
         words = f"{mine:,.0f} MB resident at most, {least['name']} {theirs:,.0f} MB{_kl(own, least)}; goal: less"
-        said.append((mine < theirs, words))
+        said.append((mine < theirs and not _further(own, least), words))
     return said
+
+
+def _further(own: Row, other: Row) -> bool:
+    """Whether ours is known to be further from the merged model."""
+    mine, theirs = (row["quality"].get("kld_mean") for row in (own, other))
+    return mine is not None and theirs is not None and mine > theirs
 
 
 def _kl(own: Row, other: Row) -> str:
@@ -61,7 +79,7 @@ def _kl(own: Row, other: Row) -> str:
     mine, theirs = (row["quality"].get("kld_mean") for row in (own, other))
     if mine is None or theirs is None:
         return " (KL of one is not known)"
-    word = "no worse" if mine <= theirs else "worse"
+    word = "worse, so it does not count" if _further(own, other) else "no worse"
     return f" (KL {word}: {mine:.4f}, {theirs:.4f})"
 
 
@@ -135,8 +153,7 @@ def text(result: dict[str, Any]) -> str:
         f"{result['date']}, {processor['model']}, {processor['usable_cores']:g} cores "
         f"({', '.join(processor['instruction_sets'])}); {'; '.join(result['engines'])}.",
         f"{work['merged']}, {work['threads']} threads; {work['prompt']} prompt and {work['new']} new tokens, medians of "
-        f"{work['rounds']} rounds in turn; {work['compared']:,} tokens of {work['held_out']} held-out rows compared with "
-        "the merged model in float32.",
+        f"{work['rounds']} rounds in turn; {_compared(work)}",
         "",
         table(rows, result["bandwidth_gb_s"], bool(work["stressed"])),
         "",
@@ -152,9 +169,18 @@ def text(result: dict[str, Any]) -> str:
     for row in rows:
         if row["failed"]:
             lines.append(f"{row['name']}: {row['failed']}")
+    shape = bool(work.get("shape"))
     for row in rows:
         if row["engine"] == OURS:
             among = ", ".join(rival["name"] for rival in rivals(row, rows)) or "nobody"
             lines += ["", f"{row['name']} ({row['size_mb']:.0f} MB; of its size class: {among})"]
-            lines += [f"- {'met' if met else 'NOT MET'}: {said}" for met, said in goals(row, rows)]
+            lines += [f"- {'met' if met else 'NOT MET'}: {said}" for met, said in goals(row, rows, shape)]
     return "\n".join(lines) + "\n"
+
+
+def _compared(work: dict[str, Any]) -> str:
+    if work.get("shape"):
+        return "weights are random: nothing is said of quality."
+    if not work["held_out"]:
+        return "no rows compared with the merged model."
+    return f"{work['compared']:,} tokens of {work['held_out']} held-out rows compared with the merged model in float32."

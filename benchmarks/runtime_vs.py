@@ -2,12 +2,16 @@
 
     python benchmarks/runtime_vs.py MERGED ARTIFACT [ARTIFACT...]
     python benchmarks/runtime_vs.py runs/quickstart/merged runs/quickstart/artifact --stress --out result
+    python benchmarks/runtime_vs.py export_memory/model export_memory/edgetune/artifact --shape
 
 Each engine is a process in an environment of its own, and works alone: llama-cpp-python (built here from source) and
 openvino-genai are installed in edgetune's cache folder the first time, unless `--llama` and `--openvino` name a Python
 that has them. The merged model is written as GGUF (kept in the cache folder, too) and rounded by llama.cpp; both others
 read these files. All get the same token ids. How far each one's next-token distributions are from the merged model's
 in float32 is measured on held-out rows, as edgetune's gate does it, so that the table shows speed at what cost.
+
+`--shape` is for a large model's shape with random weights, as `export_memory.py` makes them: no divergence, llama.cpp alone,
+64 + 24 tokens, 3 rounds, Q4_0, which is rounded from float16.
 
 Prints the table and the goals; `--out` gets them as report.md, and everything that was measured as report.json.
 """
@@ -41,6 +45,14 @@ from edgetune.runtime.hardware import bandwidth_gb_s, cpu, default_threads, load
 
 _HELD_OUT = Path(__file__).parent.parent / "recipes" / "data" / "chat_validation.jsonl"
 _KINDS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0")
+_DEFAULTS: dict[str, tuple[Any, Any]] = {  # as it comes, and with --shape
+    "kinds": (",".join(_KINDS), "Q4_0"),
+    "rounds": (5, 3),
+    "prompt": (256, 64),
+    "tokens": (128, 24),
+    "loads": (3, 1),
+    "most": (32, 0),
+}
 _FAITHFUL = "F16"  # the type whose answers are compared with the merged model's, to check the file
 
 
@@ -55,17 +67,23 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llama", type=Path, metavar="PYTHON", help="a Python that has llama-cpp-python")
     parser.add_argument("--openvino", type=Path, metavar="PYTHON", help="a Python that has openvino-genai")
     parser.add_argument("--without", action="append", default=[], choices=["llama", "openvino"], help="leave one out")
-    parser.add_argument("--kinds", default=",".join(_KINDS), help=f"types of GGUF files (default: {','.join(_KINDS)})")
-    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="prompts that count (default: 5)")
-    parser.add_argument("--prompt", type=int, metavar="N", default=256, help="tokens of a prompt (default: 256)")
-    parser.add_argument("--tokens", type=int, metavar="N", default=128, help="tokens of an answer (default: 128)")
+    parser.add_argument("--shape", action="store_true", help="weights are random: speed alone, beside llama.cpp")
+    parser.add_argument("--kinds", help=f"types of GGUF files (default: {','.join(_KINDS)})")
+    parser.add_argument("--rounds", type=int, metavar="N", help="prompts that count (default: 5)")
+    parser.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt (default: 256)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of an answer (default: 128)")
     parser.add_argument("--threads", type=int, metavar="N", help="of all engines (default: all cores)")
-    parser.add_argument("--loads", type=int, metavar="N", default=3, help="times that each is loaded (default: 3)")
+    parser.add_argument("--loads", type=int, metavar="N", help="times that each is loaded (default: 3)")
     parser.add_argument("--stress", action="store_true", help="also beside a busy program on each core")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=_HELD_OUT, help="held-out rows")
-    parser.add_argument("--most", type=int, metavar="N", default=32, help="of them compared (default: 32; 0: none)")
+    parser.add_argument("--most", type=int, metavar="N", help="of them compared (default: 32; 0: none)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="gets report.md and report.json")
     found = parser.parse_args(given)
+    for name, defaults in _DEFAULTS.items():
+        if getattr(found, name) is None:
+            setattr(found, name, defaults[found.shape])
+    if found.shape and (found.most or "llama" in found.without or found.openvino):
+        parser.error("--shape compares no rows, and with llama.cpp only")
     if min(found.rounds, found.prompt, found.loads) < 1 or found.tokens < 2:
         parser.error("--rounds, --prompt and --loads must be at least 1, --tokens 2")
     if wrong := [kind for kind in found.kinds.split(",") if kind not in _KINDS]:
@@ -103,7 +121,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     threads = args.threads or default_threads()
     notes: list[str] = []
     llama = None if "llama" in args.without else llama_python(args.llama)
-    openvino = None if "openvino" in args.without else openvino_python(args.openvino)
+    openvino = None if args.shape or "openvino" in args.without else openvino_python(args.openvino)
+    if args.shape and llama is None:
+        raise EdgetuneError("there is nobody to compare with", where="llama.cpp", fix="give --llama PYTHON")
     entries, check = prepared(args, llama, openvino, threads, notes)
     quality = divergence(args, [entry for entry in entries if "its own" not in entry.name], check)
     tokenizer = Tokenizer.from_file(str(args.merged / "tokenizer.json"))
@@ -136,6 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "rounds": args.rounds,
             "threads": threads,
             "held_out": args.most,
+            "shape": args.shape,
             "compared": compared[0] if compared else 0,
             "stressed": busy,
         },
@@ -166,25 +187,26 @@ def prepared(
     if not (llama or openvino):
         return entries, None
     files = gguf_files(args, llama, notes)
-    faithful = files.pop(_FAITHFUL)
+    faithful = files.pop(_FAITHFUL, Path())
     types = {kind: describe(file) for kind, file in files.items()}
     notes += [f"{kind}: matrices {said}." for kind, said in types.items() if said.split()[0] != kind or "," in said]
     check = None
     for engine, python in ((LLAMA, llama), (OPENVINO, openvino)):
         if not python:
-            notes.append(f"{engine} is left out.")
+            notes += [] if args.shape else [f"{engine} is left out."]
             continue
         known = files or {_FAITHFUL: faithful}
         for kind, file in known.items():
             about = (str(python.absolute()), str(file))
             sizes = (file.stat().st_size / 1e6, read_bytes(file))
             entries.append(Entry(f"{engine}, {kind}", engine, *about, threads, *sizes))
-        if engine == LLAMA:
+        if engine == LLAMA and args.most:
             check = Entry(f"{engine}, {_FAITHFUL}", engine, str(python.absolute()), str(faithful), threads, 0, None)
-            if threads != 1 and (own := max(1, int(cpu()["logical_cores"]) // 2)) != threads:
-                first = entries[len(args.artifacts)]
-                name = f"{first.name}, its own choice of {own} thread{'s' * (own > 1)}"
-                entries.append(Entry(name, engine, *about[:1], first.model, None, first.size_mb, first.read_bytes))
+        own = max(1, int(cpu()["logical_cores"]) // 2)
+        if engine == LLAMA and not args.shape and threads not in (1, own):
+            first = entries[len(args.artifacts)]
+            name = f"{first.name}, its own choice of {own} thread{'s' * (own > 1)}"
+            entries.append(Entry(name, engine, *about[:1], first.model, None, first.size_mb, first.read_bytes))
     return entries, check
 
 
@@ -192,8 +214,8 @@ def gguf_files(args: argparse.Namespace, llama: Path | None, notes: list[str]) -
     """The merged model as GGUF files by type, made where they are not there yet."""
     folder = home() / "benchmarks" / f"gguf-{_digest(args.merged)[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    found = {_FAITHFUL: folder / f"{_FAITHFUL}.gguf"}
-    if not found[_FAITHFUL].is_file():
+    found = {} if args.shape else {_FAITHFUL: folder / f"{_FAITHFUL}.gguf"}
+    if found and not found[_FAITHFUL].is_file():
         _say(f"writing GGUF files into {folder}")
         write_gguf(args.merged, found[_FAITHFUL], half=True)
     if llama is None:
@@ -202,8 +224,9 @@ def gguf_files(args: argparse.Namespace, llama: Path | None, notes: list[str]) -
     wanted = {kind: folder / f"{kind}.gguf" for kind in args.kinds.split(",")}
     if missing := [kind for kind, file in wanted.items() if not file.is_file()]:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            source = Path(temporary) / "F32.gguf"
-            write_gguf(args.merged, source, half=False)
+            source = Path(temporary) / "source.gguf"
+            _say(f"writing the model for llama.cpp into {folder}")
+            write_gguf(args.merged, source, half=args.shape)  # of a large model half the disk
             with Engine(Entry(LLAMA, LLAMA, str(llama.absolute()), "", None, 0, None), 0) as engine:
                 for kind in missing:
                     _say(f"rounding to {kind}")
