@@ -2,8 +2,8 @@
 
     python benchmarks/speculation.py runs/quickstart/artifact
 
-The artifact must have a device profile (`edgetune tune`), which says what reading several tokens at once costs here.
-Each prompt is answered in every way in turn, so that what else the machine does meets all of them:
+What reading several tokens at once costs here is read from the artifact's device profile; where there is none, it is tuned
+first, as `edgetune tune` does, in under two minutes (without it, `auto` never guesses). Each prompt is answered in every way in turn, so that what else the machine does meets all of them:
 
 - plain: token by token;
 - native: ONNX Runtime GenAI's own n-gram decoding, on the same graph with logits of all positions;
@@ -11,7 +11,8 @@ Each prompt is answered in every way in turn, so that what else the machine does
 - always: `--speculation on`, that is, without minding whether it pays.
 
 Rates are of decoding, without the prompt; the medians over the rounds are taken for each prompt, then their mean for
-each kind of work. `same` counts the answers that are, to the token, those of plain decoding.
+each kind of work. `same` counts the answers that are, to the token, those of plain decoding. Under the table stand the
+goals of `adaptive`, met or not.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.errors import INTERRUPTED, EdgetuneError
 from edgetune.runtime.artifact import Artifact, open_artifact
 from edgetune.runtime.hardware import cpu, load_average
 from edgetune.runtime.options import GenerationOptions
+from edgetune.runtime.profile import find, profile_path, save
 from edgetune.runtime.session import Session
 
 NATIVE = {"ngram_size": 4, "max_draft_tokens": 8, "ngram_chained_lookup": True, "min_adaptive_k": 2}
@@ -62,8 +66,11 @@ def average(prices):
 TABLE = "\n".join(f"{place}: {low} to {high} degrees, wind {wind} km/h" for place, low, high, wind in (
     ("Bergen", 4, 9, 31), ("Oslo", -2, 6, 12), ("Tromsø", -7, -1, 24), ("Stavanger", 5, 10, 28), ("Bodø", 0, 4, 35),
 ))  # fmt: skip
+OPEN = "open writing"
+COPYING = "copying"  # shown, and no goal: what is wanted of it is in the other grounded work
+GROUNDED_GOAL, OPEN_GOAL = 2.5, 0.97
 WORK = {
-    "copying": [
+    COPYING: [
         f"Repeat this text word for word:\n\n{REPORT}",
         f"Repeat these minutes word for word:\n\n{MINUTES}",
         f"Write this table again, unchanged:\n\n{TABLE}",
@@ -83,7 +90,7 @@ WORK = {
         f"Add a docstring to each function of this code and give all of it:\n\n```python\n{CODE}```",
         f"Give this code again with type hints:\n\n```python\n{CODE}```",
     ],
-    "open writing": [
+    OPEN: [
         "Write a story about a lighthouse keeper who finds a letter in a bottle.",
         "Explain to a child why the sky is blue and the sunset is red.",
         "Write a letter to a friend about moving to another country.",
@@ -190,8 +197,51 @@ def measure(artifact: Artifact, tokens: int, rounds: int, most: int | None) -> I
 _MODES = {"plain": "off", "adaptive": "auto", "always": "on"}
 
 
-def main() -> None:
-    """Print the table, or JSON."""
+def tuned(artifact: Artifact) -> None:
+    """See to it that the artifact's device profile says what reading several tokens at once costs; tunes where it does not.
+
+    Raises:
+        EdgetuneError: the graph cannot tell more than the last position's next token, so nothing can be guessed.
+    """
+    from edgetune.runtime.tune import tune
+
+    profile, note = find(artifact)
+    if profile is None:
+        print(f"{note or 'there is no device profile'}: tuning, as `edgetune tune` does", file=sys.stderr, flush=True)
+        profile = tune(artifact)
+        save(profile, profile_path(artifact))
+    if profile.settings.row_costs is None:
+        raise EdgetuneError(
+            "its device profile has no costs of guessing: its graph tells the last position's next token only",
+            where=artifact.path,
+            fix="export it again with this edgetune, then `edgetune tune` it",
+        )
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
+    """The goals of adaptive guessing: whether each is met, and in words."""
+    said = []
+    for row in rows:
+        if row["kind"] != COPYING:
+            goal = OPEN_GOAL if row["kind"] == OPEN else GROUNDED_GOAL
+            factor = row["adaptive"]["factor"]
+            said.append((factor >= goal, f"{row['kind']}: {factor:.2f} times plain decoding; goal: {goal:g} times"))
+    return said
+
+
+def main() -> int:
+    """Print the table and the goals, or JSON. Returns the exit code."""
+    try:
+        return run()
+    except EdgetuneError as error:
+        print(f"error: {error.text()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run() -> int:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of an answer")
@@ -199,13 +249,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="of each kind; all when not given")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     given = parser.parse_args()
+    artifact = open_artifact(given.artifact)
+    tuned(artifact)
     print(f"{cpu()['model']}, {cpu()['usable_cores']} cores, load {load_average()}")
     print(
         "| work | plain | native | adaptive | always | accepted (adaptive) | same as plain: native, adaptive, always |"
     )
     print("|---|---|---|---|---|---|---|")
     rows = []
-    for row in measure(open_artifact(given.artifact), given.tokens, given.rounds, given.prompts):
+    for row in measure(artifact, given.tokens, given.rounds, given.prompts):
         rows.append(row)
         others = [
             f"{row[name]['tokens_per_s']:.0f} ({row[name]['factor']:.2f}×)" for name in ("native", "adaptive", "always")
@@ -216,9 +268,12 @@ def main() -> None:
             f"| {row['kind']} | {row['plain']['tokens_per_s']:.0f} | {' | '.join(others)} | {share} | {same} |",
             flush=True,
         )
+    for met, words in goals(rows):
+        print(f"- {'met' if met else 'NOT MET'}: {words}")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
