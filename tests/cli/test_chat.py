@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -25,6 +26,7 @@ from edgetune.runtime.chat import Chat
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.session import Completion, Piece
+from edgetune.runtime.terminal import on_interrupt
 
 
 class Slow:
@@ -89,6 +91,20 @@ def test_ctrl_c_before_the_first_word_takes_the_turn_back() -> None:
     session.stream = nothing  # type: ignore[method-assign]
     talk.take("tell me")
     assert conversation.turns == []
+
+
+def test_ctrl_c_is_noticed_during_a_native_call() -> None:
+    """Python's handler has to wait until the call ends."""
+    order: list[str] = []
+    before = signal.signal(signal.SIGINT, lambda *_: order.append("handler"))
+    try:
+        with on_interrupt(lambda: order.append("stop")):
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 1_500_000)  # a second that nothing interrupts
+        assert order == ["stop", "handler"]
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_context_is_watched(capsys: pytest.CaptureFixture[str]) -> None:

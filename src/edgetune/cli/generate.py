@@ -166,10 +166,13 @@ def _answer(
     tools: Sequence[dict[str, Any]],
     silent: bool,
 ) -> Completion:
-    from edgetune.runtime.terminal import ReadingBar
+    import threading
 
-    with ReadingBar() as bar:
-        return _shown(session.stream(prompt, options, tools=tools, on_prefill=bar), silent)
+    from edgetune.runtime.terminal import ReadingBar, on_interrupt
+
+    cancel = threading.Event()
+    with ReadingBar() as bar, on_interrupt(cancel.set):
+        return _shown(session.stream(prompt, options, cancel, tools=tools, on_prefill=bar), silent)
 
 
 def _shown(pieces: Iterator[Piece], silent: bool) -> Completion:

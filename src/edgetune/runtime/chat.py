@@ -18,7 +18,7 @@ from edgetune.runtime.completion import Completion, Message
 from edgetune.runtime.conversation import Conversation
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.session import Session
-from edgetune.runtime.terminal import piped_turns, printable, typed_turns
+from edgetune.runtime.terminal import on_interrupt, piped_turns, printable, typed_turns
 
 _HELP = """\
 /system TEXT  set the system prompt; alone it shows it, `/system -` removes it
@@ -232,6 +232,7 @@ def _stops(cancel: threading.Event) -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        with on_interrupt(cancel.set):
+            yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import socket
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +55,36 @@ class ReadingBar:
         if done >= total:
             self._stack.close()
             self._task = None
+
+
+@contextlib.contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at once when Ctrl-C is pressed while the block runs.
+
+    Python's own handler waits until the main thread comes back from a native call, which may take seconds; `stop` runs in
+    another thread, and can end that call. To be used in the main thread; in others it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    theirs, ours = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := ours.recv(1):
+            if number[0] == signal.SIGINT:
+                stop()
+
+    listener = threading.Thread(target=listen, name="edgetune-interrupt", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        listener.join()
+        ours.close()
 
 
 def printable(text: str) -> str:
