@@ -8,7 +8,7 @@ Without files of rows the model writes its own (`own_samples.py`); without the m
 Each artifact is made in a process of its own, whose memory (its own and that of the builder, added up, every tenth of a
 second) is watched; compared with the merged model on the held-out rows by `edgetune verify`; then measured by `edgetune
 bench`, all of them in turn, round after round. Artifacts and answers are kept in the work folder: run again, only what is
-missing is done. table.md, points.json and plot.png are written there.
+missing is done. table.md, points.json (which `export.auto.points` reads) and plot.png are written there.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ COLUMNS = (
     ("kld_p99", "KL p99", "{:.3f}"),
     ("top1", "top-1", "{:.1%}"),
     ("perplexity_ratio", "perplexity", "{:.3f}"),
-    ("prefill", "prefill tokens/s", "{:,.0f}"),
-    ("decode", "decode tokens/s", "{:.1f}"),
+    ("prefill_tokens_per_s", "prefill tokens/s", "{:,.0f}"),
+    ("decode_tokens_per_s", "decode tokens/s", "{:.1f}"),
     ("rss_mb", "MB running", "{:,.0f}"),
     ("export_mb", "MB exporting", "{:,.0f}"),
     ("export_s", "s exporting", "{:,.0f}"),
@@ -162,8 +162,8 @@ def time_all(points: list[dict[str, Any]], work: Path, rounds: int, context: int
             samples[point["name"]].append(_edgetune("bench", str(artifact), *lengths))
     for point in points:
         own = samples[point["name"]]
-        point["prefill"] = statistics.median(one["prefill_tokens_per_s"]["p50"] for one in own)
-        point["decode"] = statistics.median(one["decode_tokens_per_s"]["p50"] for one in own)
+        for speed in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            point[speed] = statistics.median(one[speed]["p50"] for one in own)
         point["rss_mb"] = statistics.median(one["peak_rss_mb"] for one in own)
         point["rounds"] = rounds
 
@@ -191,7 +191,11 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes = (("size_mb", "size, MB"), ("decode", "decode, tokens/s"), ("prefill", "prefill, tokens/s"))
+    axes = (
+        ("size_mb", "size, MB"),
+        ("decode_tokens_per_s", "decode, tokens/s"),
+        ("prefill_tokens_per_s", "prefill, tokens/s"),
+    )
     figure, places = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
     for (key, title), place in zip(axes, places, strict=True):
         for ours, color, label in ((True, "tab:blue", "edgetune"), (False, "tab:gray", "model builder")):

@@ -115,6 +115,18 @@ def test_a_missed_gate_keeps_the_artifact_and_says_so_each_time(project: Path) -
     assert shown.returncode == 3 and json.loads(shown.stdout)["passed"] is False and "kld_mean" in shown.stderr
 
 
+def test_an_artifact_over_its_size_is_missed_like_the_gate(project: Path) -> None:
+    pipeline = Pipeline(recipe_file.load("tiny.yaml", []))
+    told = {
+        "quantization": {"auto": {"limits": {"size_mb": 1.0}}},
+        "size_mb": 1.5,
+        "failures": ["size_mb 1.5 is over 1"],
+    }
+    missed = pipeline._missed("export", told)
+    assert missed and missed.exit_code == 3 and "size_mb 1.5 is over 1" in str(missed)
+    assert pipeline._missed("export", {**told, "failures": []}) is None
+
+
 def test_what_turns_rows_into_tokens_is_part_of_training(project: Path, tiny_model: Path) -> None:
     assert redone(run(until="train")) == ["data", "train"]
     template = (tiny_model / "chat_template.jinja").read_text()

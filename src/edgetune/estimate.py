@@ -18,6 +18,7 @@ from edgetune.recipe import Recipe, TrainSection
 
 if TYPE_CHECKING:
     from edgetune.export.quantize.plan import Plan
+    from edgetune.export.targets import Target
     from edgetune.train.calibrate import Calibration
 
 _BYTES_A_TOKEN = 5.3  # of a JSON Lines file of English chat rows
@@ -149,7 +150,8 @@ def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int,
     weights_mb = 4 * parameters / 1e6
     load_s = _IMPORT_S + weights_mb / _LOAD_MB_S
     runtime_mb = psutil.Process().memory_info().rss / 1e6
-    export = needs(base.path, target_of(recipe.export), steps=recipe.export.heal.steps)
+    target = target_of(recipe.export)
+    export = needs(base.path, target, steps=recipe.export.heal.steps)
     artifact_mb = export.size / 1e6
     compared = min(tokens["validation"], recipe.verify.rows * max(tokens["longest"], 1))
     compared += 8 * 8 * recipe.verify.golden_tokens
@@ -159,7 +161,11 @@ def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int,
     return {
         "data": {"seconds": _IMPORT_S + both / 3e5, "memory_mb": runtime_mb, "disk_mb": both * _BYTES_A_TOKEN / 1e6},
         "merge": {"seconds": 2 * load_s, "memory_mb": runtime_mb + 2 * weights_mb, "disk_mb": weights_mb},
-        "export": {"seconds": export.seconds, "memory_mb": export.memory / 1e6, "disk_mb": export.disk / 1e6},
+        "export": {
+            "seconds": export.seconds + _measuring(target, base, tokens["train"]),
+            "memory_mb": export.memory / 1e6,
+            "disk_mb": export.disk / 1e6,
+        },
         "verify": {
             "seconds": load_s + 6 * forward_s * compared,
             "memory_mb": runtime_mb + weights_mb + 1.5 * artifact_mb,
@@ -171,6 +177,16 @@ def _others(recipe: Recipe, base: Base, tokens: dict[str, int], parameters: int,
             "disk_mb": 0.1,
         },
     }
+
+
+def _measuring(target: Target, base: Base, tokens: int) -> float:
+    """Seconds that a target which chooses its grids by limits measures before it exports, where nothing was measured yet."""
+    from edgetune.export.quantize.auto import measuring
+
+    section = target.quantization
+    if section is None or section.method != "auto":
+        return 0.0
+    return measuring(base.path, section.auto, min(section.calibration_tokens, tokens))
 
 
 def _file_mb(base: Base) -> float:

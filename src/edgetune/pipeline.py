@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
-from edgetune.errors import InputError
+from edgetune.errors import GateError, InputError
 from edgetune.files import require_space, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import MANIFEST, STAGES, Result, RunFolder, Work, seal
@@ -90,10 +90,7 @@ class Pipeline:
                     break
                 force = force or stage == first
                 self._one(stage, result, force)
-                if stage == "verify" and not result.reports[stage]["passed"]:
-                    from edgetune.export.verify import gate_error
-
-                    result.missed = gate_error(result.reports[stage], self.folder.output("export"))
+                if result.missed:
                     break
             self._card(result)
         return result
@@ -116,12 +113,20 @@ class Pipeline:
         with self.folder.locked(), self._held(self.base()):
             for stage in stages:
                 self._one(stage, result, forced=True)
-            if "verify" in stages and not result.reports["verify"]["passed"]:
-                from edgetune.export.verify import gate_error
-
-                result.missed = gate_error(result.reports["verify"], self.folder.output("export"))
+                if result.missed:
+                    break
             self._card(result)
         return result
+
+    def _missed(self, stage: str, report: dict[str, Any]) -> GateError | None:
+        """What is said where a stage's result misses limits; None where it keeps them."""
+        from edgetune.export.package import size_error
+        from edgetune.export.verify import gate_error
+
+        artifact = self.folder.output("export")
+        if stage == "export" and report.get("failures"):
+            return size_error(report, artifact)
+        return gate_error(report, artifact) if stage == "verify" and not report["passed"] else None
 
     def _require_room(self) -> None:
         """Refuse a run that would train first and then have no memory or disk for the export (InputError)."""
@@ -170,6 +175,7 @@ class Pipeline:
         result.reports[stage] = self.folder.report(stage)
         for warning in result.reports[stage].get("warnings", []) if why and stage != "data" else []:
             progress.say(f"{stage}: warning: {warning}")
+        result.missed = self._missed(stage, result.reports[stage])
 
     def work(self, stage: str) -> Work:
         """What `stage` would do now. The stages before it must have been done."""
@@ -232,8 +238,12 @@ class Pipeline:
             seal(out, work)
 
     def _train(self, work: Work) -> None:
+        from edgetune.chain import of_training
+
         turn = self.folder.report("data").get("turn")  # absent for plain text
-        with self._staged("train", work, stop_id=turn["stop_id"] if turn else None) as (report, adapter):
+        told = {"stop_id": turn["stop_id"] if turn else None}
+        chain = of_training(self.folder, self.recipe, self.base())
+        with self._staged("train", work, **told, chain=chain) as (report, adapter):
             assignment = {
                 "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
                 "path": str(self._path),
@@ -296,11 +306,13 @@ class Pipeline:
             return str(json.loads(next(itertools.islice(file, row, None)))["where"])
 
     def _merge(self, work: Work) -> None:
+        from edgetune.chain import of_run
         from edgetune.train.merge import LOSS_ROWS, merge
 
         require_space(self.folder.path, 4 * int(self.folder.report("train")["parameters"]), "the merged model")
         rows = [row.ids[:512] for row in self._encoded("validation", self.recipe.merge.rows)]
-        with self._staged("merge", work) as (report, merged):
+        chain = of_run(self.folder, self.recipe, self.base())
+        with self._staged("merge", work, chain=chain) as (report, merged):
             merge(
                 self.recipe.merge,
                 self.base(),
@@ -313,16 +325,12 @@ class Pipeline:
             )
 
     def _export(self, work: Work) -> None:
-        from edgetune.export.card import describe
+        from edgetune.chain import of_run
         from edgetune.export.package import export
         from edgetune.export.targets import target_for
 
         target = target_for(self.recipe)
-        chain = {
-            "base": describe(self.base()),
-            "data": self.folder.content("data"),
-            "adapter": self.folder.content("train"),
-        }
+        chain = of_run(self.folder, self.recipe, self.base())
         for stage in ("verify", "bench"):  # what they say is about an artifact that is about to go
             shutil.rmtree(self.folder.output(stage), ignore_errors=True)
         report, artifact = self.folder.folders("export")
@@ -421,8 +429,9 @@ class Pipeline:
 
     def _card(self, result: Result) -> None:
         """Bring the artifact's card up to what is known of it, measurements of earlier runs included."""
-        from edgetune.export.card import card, describe, rewrite_card
-        from edgetune.export.targets import load_target
+        from edgetune.chain import of_folder
+        from edgetune.export.card import card, keep_stamp, rewrite_card
+        from edgetune.export.targets import target_for
 
         if "export" not in result.reports:
             return
@@ -430,5 +439,6 @@ class Pipeline:
         for stage in ("verify", "bench"):
             if stage not in known and self.folder.stale(self.work(stage)) is None:
                 known[stage] = self.folder.report(stage)
-        text = card(self.name, describe(self.base()), load_target(self.recipe.export.target), known)
-        rewrite_card(self.folder.output("export"), text)
+        artifact = self.folder.output("export")
+        text = card(self.name, of_folder(self.base())["base"], target_for(self.recipe), known)
+        rewrite_card(artifact, keep_stamp((artifact / "README.md").read_text(encoding="utf-8"), text))

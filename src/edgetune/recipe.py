@@ -6,9 +6,9 @@ these classes. `recipe_file` reads them from YAML.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from edgetune.recipe_section import Section, refused
 from edgetune.recipe_train import DistributedSection, EarlyStopping, MergeSection, TrainSection
@@ -105,7 +105,8 @@ class HealSection(Section):
 
 
 class AutoSection(Section):
-    """What `quantization.method: auto` is to reach; each limit is left open when not given."""
+    """What `quantization.method: auto` is to reach; a limit is left open when not given. In a recipe, limits take the place
+    of all of the target's."""
 
     size_mb: float | None = Field(None, gt=0, description="Most MB of the artifact on disk.")
     decode_tokens_per_s: float | None = Field(
@@ -122,8 +123,22 @@ class AutoSection(Section):
         384, ge=16, description="Tokens with loss, of the last training rows, that layers are measured on."
     )
     points: str | None = Field(
-        None, description="JSON list of measured points of other artifacts, which the plot then shows."
+        None, description="JSON list of measured points of other artifacts, which table and plot then show, too."
     )
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The limits that are given; null is given, too: it lifts what the target has."""
+        return {name: getattr(self, name) for name in _AUTO_LIMITS if name in self.model_fields_set}
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that null still says what it said where a resolved recipe (recipe.json) is read again."""
+        left_out = set(_AUTO_LIMITS) - self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name not in left_out}
+
+
+_AUTO_LIMITS = ("size_mb", "decode_tokens_per_s", "prefill_tokens_per_s", "kld_mean")
 
 
 class ExportSection(Section):
@@ -146,7 +161,8 @@ class ExportSection(Section):
     heal: HealSection = Field(default_factory=HealSection, description="Repair after quantization.")
     auto: AutoSection = Field(
         default_factory=AutoSection,
-        description="Limits in place of the target's, for a target that chooses grids by them, such as cpu-auto.",
+        description="Limits in place of the target's, all of them, for a target that chooses grids by them, such as cpu-auto; "
+        "null lifts one.",
     )
 
 

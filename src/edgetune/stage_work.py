@@ -76,7 +76,7 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
     if stage == "verify":
         inputs = {"artifact": content("export"), "merged": content("merge"), "data": content("data")}
         # An artifact that is brought to its device is verified there again.
-        there = {} if (provider := runs_on(recipe)) == "cpu" else {"provider": provider}
+        there = {"provider": runs_on(recipe)} if _on_its_device(recipe) else {}
         return Work(stage, inputs, {**recipe.verify.model_dump(), **reading, **there})
     from edgetune.runtime.hardware import cpu
 
@@ -85,11 +85,18 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
 
 def runs_on(recipe: Recipe) -> str:
     """Where the artifact can be run here: the target's provider, else the CPU, which then stands in for it."""
-    from edgetune.export.targets import load_target
-    from edgetune.runtime.providers import status
+    from edgetune.export.targets import load_target, status_of
 
-    provider = load_target(recipe.export.target).provider
-    return provider if status(provider).runs else "cpu"
+    target = load_target(recipe.export.target)
+    return target.provider if status_of(target).runs else "cpu"
+
+
+def _on_its_device(recipe: Recipe) -> bool:
+    """Whether this machine has the device that the target is for; any processor is none in particular."""
+    from edgetune.export.targets import load_target, status_of
+
+    target = load_target(recipe.export.target)
+    return status_of(target).runs and (target.provider, target.architecture) != ("cpu", "any")
 
 
 def left_out(stage: str, recipe: Recipe, export: dict[str, Any]) -> bool:
@@ -101,9 +108,13 @@ def left_out(stage: str, recipe: Recipe, export: dict[str, Any]) -> bool:
         export: the report of its export.
     """
     device = export.get("device", {})
-    if device.get("ran", True) or runs_on(recipe) == device["provider"]:
+    if device.get("ran", True) or _on_its_device(recipe):
         return False
-    missing = f"the provider {device['provider']} {device['why_not']} here"
+    missing = (
+        f"the target {device['why_not']}"
+        if device["provider"] == "cpu"
+        else f"the provider {device['provider']} {device['why_not']} here"
+    )
     if stage == "verify" and device.get("ran_on_cpu"):
         progress.say(
             f"verify: {missing}; the CPU stands in for it: what the graphs compute is compared, not what the device does"
@@ -149,9 +160,9 @@ def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
 
 def with_target_limits(recipe: Recipe) -> Recipe:
     """The recipe with the gate's limits in full: its own, the target's where it gives none."""
-    from edgetune.export.targets import load_target, with_limits
+    from edgetune.export.targets import target_of, with_limits
 
-    limits = with_limits(load_target(recipe.export.target), recipe.verify.limits)
+    limits = with_limits(target_of(recipe.export), recipe.verify.limits)
     if limits == recipe.verify.limits:
         return recipe
     return recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"limits": limits})})

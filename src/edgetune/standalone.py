@@ -48,6 +48,7 @@ def merge_adapter(
     Raises:
         InputError: no adapter, or its base is not the one that it was trained on.
     """
+    from edgetune.chain import of_adapter
     from edgetune.export.contract import CONVERSATIONS
     from edgetune.models import load_tokenizer, resolve
     from edgetune.train.merge import check_adapter, is_whole, merge
@@ -84,7 +85,7 @@ def merge_adapter(
             merged=merged,
             validation=_validation(adapter, base, model, data),
         )
-        seal(merged, work)
+        seal(merged, work, chain=of_adapter(adapter, base))
     return {"path": str(out), **found}
 
 
@@ -148,9 +149,9 @@ def export_model(
     Raises:
         InputError: the model cannot be exported so, or an adapter cannot stay beside it.
     """
+    from edgetune.chain import describe, of_folder
     from edgetune.export.adapters.base import adapted_base
     from edgetune.export.adapters.read import Adapter, require_separable
-    from edgetune.export.card import describe
     from edgetune.export.package import export
     from edgetune.export.plain.kinds import task_of
     from edgetune.export.plain.package import export_plain
@@ -187,7 +188,7 @@ def export_model(
         if task:
             told: dict[str, Any] = {
                 "name": named,
-                "chain": {"base": describe(base)},
+                "chain": of_folder(base),
                 "work": Work("export", inputs, options),
             }
             plain = export_plain(base.path, task, target, section.max_length, **told, artifact=artifact, data=data)
@@ -203,7 +204,7 @@ def export_model(
             target,
             section.max_length,
             name=named,
-            chain={"base": describe(base)},
+            chain={"base": describe(base)} if given else of_folder(base),
             work=Work("export", inputs, options),
             trust_remote_code=False,
             artifact=artifact,

@@ -77,7 +77,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "run": str(result.path),
         "stages": {stage: {"redone": why is not None, "why": why} for stage, why in result.done.items()},
-        "passed": None if "verify" not in result.reports else result.missed is None,
+        "passed": False if result.missed else True if "verify" in result.reports else None,
         "reports": result.reports,
         "next": next_command(result),
     }

@@ -28,6 +28,7 @@ KINDS: tuple[Kind, ...] = ("zip", "oci")
 CHAIN = {
     "base": {"id": "org/model", "source": "hub", "revision": "abc", "license": "apache-2.0", "sha256": "0" * 64},
     "data": "1" * 64,
+    "data_files": [{"name": "rows.jsonl", "sha256": "2" * 64}, {"name": "data/train.jsonl", "sha256": "3" * 64}],
 }
 CONFIG = {
     "model": {"eos_token_id": 2, "context_length": 64, "type": "llama", "decoder": {"filename": "model.onnx"}},
@@ -80,6 +81,9 @@ def test_the_same_bytes_each_time_and_the_artifact_back(artifact: Path, kind: Ki
         next(p for p in bill["components"] if p["bom-ref"] == ref) for ref in ("base", "pkg:pypi/onnxruntime@1.31.1")
     )
     assert base["purl"] == "pkg:huggingface/org/model@abc" and base["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    data = next(part for part in bill["components"] if part["bom-ref"] == "data")
+    listed = {one["name"]: one["hashes"] for one in data["components"]}
+    assert listed["rows.jsonl"] == [{"alg": "SHA-256", "content": "2" * 64}] and len(listed) == 2
     assert runtime["licenses"] == [{"license": {"id": "MIT"}}]
     refs = {part["bom-ref"] for part in [bill["metadata"]["component"], *bill["components"]]}
     assert set(bill["dependencies"][0]["dependsOn"]) <= refs and len(refs) == len(bill["components"]) + 1

@@ -18,10 +18,11 @@ from edgetune.export.quantize.auto_trial import rounded_inputs
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import round_inputs
-from edgetune.export.targets import load_target, target_of
+from edgetune.export.targets import load_target, target_of, with_limits
 from edgetune.files import read_json
 from edgetune.models import load_model
-from edgetune.recipe import AutoSection, ExportSection
+from edgetune.recipe import AutoSection, ExportSection, Limits, Recipe
+from edgetune.stage_work import with_target_limits
 
 
 def _rows(count: int = 24, length: int = 60) -> list[Encoded]:
@@ -148,10 +149,36 @@ def test_a_kernel_that_is_wrong_here_is_not_chosen(monkeypatch: pytest.MonkeyPat
 def test_the_recipes_limits_replace_the_targets_and_need_such_a_target() -> None:
     own = target_of(ExportSection(target="cpu-auto", auto=AutoSection(size_mb=100)))
     assert own.quantization is not None
-    assert (own.quantization.auto.size_mb, own.quantization.auto.kld_mean) == (100, 0.04)
-    assert target_of(ExportSection(target="cpu-auto")) == load_target("cpu-auto")
+    assert (own.quantization.auto.size_mb, own.quantization.auto.kld_mean) == (100, None)
+    plain = target_of(ExportSection(target="cpu-auto"))
+    assert plain.quantization == load_target("cpu-auto").quantization
+    assert plain.quantization is not None and plain.quantization.auto.kld_mean == plain.limits.kld_mean == 0.04
     with pytest.raises(InputError, match="does not choose grids by limits"):
         target_of(ExportSection(target="cpu-int4", auto=AutoSection(size_mb=100)))
+
+
+def test_null_lifts_a_limit_also_where_a_resolved_recipe_is_read_again() -> None:
+    asked = ExportSection.model_validate({"target": "cpu-auto", "auto": {"kld_mean": None}})
+    for section in (asked, ExportSection.model_validate_json(asked.model_dump_json())):
+        found = target_of(section)
+        assert found.quantization is not None and found.quantization.auto.kld_mean is None
+        assert found.limits == Limits(kld_mean=0.05)  # the gate's own
+    resolved = ExportSection.model_validate(ExportSection(target="cpu-auto").model_dump())
+    assert target_of(resolved) == target_of(ExportSection(target="cpu-auto"))
+    assert target_of(ExportSection.model_validate({"auto": {"kld_mean": None}})) == load_target("cpu-int8")
+
+
+def test_the_gate_holds_what_the_grids_were_chosen_by() -> None:
+    strict = target_of(ExportSection(target="cpu-auto", auto=AutoSection(kld_mean=0.02)))
+    assert strict.limits.kld_mean == 0.02 and strict.limits.kld_p99 == 0.5
+    assert with_limits(strict, Limits(kld_mean=0.05)).kld_mean == 0.02  # as a resolved recipe says it
+    assert with_limits(strict, Limits(kld_mean=0.01)).kld_mean == 0.01
+    loose = target_of(ExportSection(target="cpu-auto", auto=AutoSection(kld_mean=0.2, size_mb=9)))
+    assert loose.limits.kld_mean == 0.05
+    recipe = Recipe.model_validate(
+        {"model": {"id": "m"}, "data": {"train": "t"}, "export": {"target": "cpu-auto", "auto": {"kld_mean": 0.02}}}
+    )
+    assert with_target_limits(recipe).verify.limits.kld_mean == 0.02
 
 
 @pytest.mark.parametrize("wrong", ["{", "[1]", '[{"name": "a", "size_mb": "b", "kld_mean": 1}]'])

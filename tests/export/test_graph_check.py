@@ -204,6 +204,46 @@ def test_four_bit_weights_are_read_as_the_operator_reads_them(tmp_path: Path) ->
     assert report["matrices"] == 1 and report["worst"]["relative_error"] < 1e-4
 
 
+def test_norms_and_biases_are_compared_and_nothing_compared_is_no_check(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    right = np.arange(12, dtype=np.float32).reshape(4, 3)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "/model/layers.0/mlp/up_proj/MatMul")
+    vectors = {
+        "model.layers.0.input_layernorm.weight": np.array([1, 2, 3], np.float32),
+        "model.layers.0.attn.qkv_proj.Add.bias": np.array([4, 5, 6], np.float16),
+        "model.layers.1.final_norm_layernorm.weight": np.array([1.5, 1, 1], np.float32),
+    }
+    file = one_matrix(tmp_path / "m.onnx", node, {"w": right, **vectors})
+    folder = merged(tmp_path / "merged", right.T)
+    theirs = {
+        "model.layers.0.input_layernorm.weight": np.array([1, 2, 3], np.float32),
+        **{
+            f"model.layers.0.self_attn.{which}_proj.bias": np.array([n], np.float32) for n, which in enumerate("qkv", 4)
+        },
+        "model.norm.weight": np.array([0.5, 0, 0], np.float32),  # the builder adds 1
+    }
+    weights = {**load_file(folder / "model.safetensors"), **theirs}
+    save_file(weights, folder / "model.safetensors")
+    found = compare_weights(folder, file, "fp32")
+    assert (found["matrices"], found["vectors"], found["not_found"]) == (1, 3, [])
+    assert compare_weights(folder, file, "fp32", ["model.layers.0.self_attn.q_proj"])["smoothed"] == 2
+    with pytest.raises(EdgetuneError, match="not one of the graph's weights could be compared"):
+        compare_weights(folder, file, "fp32", ["model.layers.0.mlp.up_proj"])
+    save_file(
+        {**weights, "model.layers.0.self_attn.k_proj.bias": np.array([7], np.float32)}, folder / "model.safetensors"
+    )
+    with pytest.raises(EdgetuneError, match=r"qkv_proj\.Add\.bias differ"):
+        compare_weights(folder, file, "int4")  # whatever the matrices' precision
+
+
+def test_weights_under_other_names_are_no_check(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "/somewhere/else")
+    file = one_matrix(tmp_path / "m.onnx", node, {"w": np.eye(3, dtype=np.float32)})
+    with pytest.raises(EdgetuneError, match="1 are called otherwise, /somewhere/else first"):
+        compare_weights(merged(tmp_path / "merged", np.eye(3)), file, "fp32")
+
+
 def test_a_weight_that_is_another_is_named(tmp_path: Path) -> None:
     right = np.arange(12, dtype=np.float32).reshape(4, 3)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "/model/layers.0/mlp/up_proj/MatMul")

@@ -12,11 +12,13 @@ import pytest
 from conftest import edgetune, write_jsonl
 from edgetune import files
 from edgetune.errors import InputError
+from edgetune.estimate import _measuring
 from edgetune.export import decoder, needs
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.targets import load_target
+from edgetune.models import resolve
 from edgetune.pipeline import Pipeline
-from edgetune.recipe import ExportSection
+from edgetune.recipe import ExportSection, ModelSection
 from edgetune.recipe_file import load
 from edgetune.runtime import hardware
 from edgetune.standalone import export_model
@@ -56,6 +58,17 @@ def test_what_calibrates_or_heals_takes_longer_or_more(tiny_model: Path) -> None
     assert calibrated.seconds > rounded.seconds
     assert needs.needs(tiny_model, load_target("cuda-fp16")).size == 2 * rounded.parameters
     assert needs.needs(tiny_model, load_target("cpu-int4"), steps=9).memory >= calibrated.memory
+
+
+def test_a_plan_has_the_time_that_auto_measures(tiny_model: Path) -> None:
+    base = resolve(ModelSection(id=str(tiny_model)))
+    assert _measuring(load_target("cpu-int4"), base, 9000) == 0
+    target = load_target("cpu-auto")
+    assert target.quantization is not None
+    once = _measuring(target, base, 9000)
+    more = target.quantization.auto.model_copy(update={"tokens": 40_000_000})
+    longer = target.model_copy(update={"quantization": target.quantization.model_copy(update={"auto": more})})
+    assert 10 < once < _measuring(longer, base, 9000)
 
 
 def test_too_little_memory_is_said_before_the_export(

@@ -9,15 +9,29 @@ from typing import Any
 import pytest
 
 from edgetune.errors import InputError
-from edgetune.export.targets import limits_of, load_target, names, require_fit, with_limits
+from edgetune.export.targets import limits_of, load_target, names, require_fit, status_of, with_limits
 from edgetune.recipe import Limits
 from edgetune.runtime.providers import PROVIDERS
 
 
-def test_the_shipped_targets_load() -> None:
+def test_the_shipped_targets_say_what_they_need_what_they_forbid_and_their_limits() -> None:
     assert {"cpu-fp32", "cpu-int8", "cpu-int4"} <= set(names())
     for name in names():
-        assert load_target(name).description and load_target(name).needs
+        target = load_target(name)
+        assert target.description and target.needs
+        assert {"graph", "limits"} <= target.model_fields_set, name
+        assert target.limits.model_fields_set == set(Limits.model_fields), name
+        assert target.graph.forbidden_types
+
+
+def test_a_target_for_another_processor_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = load_target("mobile-arm64-int4")
+    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "x86-64")
+    found = status_of(target)
+    assert not found.runs and found.note == "is for arm64 processors, and this one is x86-64"
+    assert status_of(load_target("cpu-int4")).runs
+    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "arm64")
+    assert status_of(target).runs
 
 
 def test_unknown_names_the_nearest() -> None:

@@ -16,14 +16,14 @@ from conftest import edgetune, write_jsonl
 from edgetune.errors import InputError
 from edgetune.export.package import export
 from edgetune.export.quantized import Examples
-from edgetune.export.targets import load_target
+from edgetune.export.targets import load_target, status_of
 from edgetune.run import Work
 from edgetune.runtime.artifact import open_artifact
 from edgetune.runtime.providers import PROVIDERS, status
 from edgetune.runtime.session import Session
 from edgetune.standalone_verify import verify_artifact
 
-QUICK = ("cuda-fp16", "qnn-npu")  # the others are `slow`: the builder takes seconds for each
+QUICK = ("cuda-fp16", "mobile-arm64-int4", "qnn-npu")  # the others are `slow`: the builder takes seconds for each
 
 
 class Row:
@@ -59,7 +59,7 @@ def exported(model: Path, folder: Path, name: str) -> tuple[Path, dict[str, Any]
 def test_exported_checked_and_run_where_it_can_be(tiny_model: Path, tmp_path: Path, name: str) -> None:
     target = load_target(name)
     artifact, found = exported(tiny_model, tmp_path, name)
-    here = status(target.provider)
+    here = status_of(target)
     card = (artifact / "README.md").read_text()
     device = found["device"]
     assert device["provider"] == target.provider and device["ran"] == here.runs
@@ -70,6 +70,11 @@ def test_exported_checked_and_run_where_it_can_be(tiny_model: Path, tmp_path: Pa
             verified_on_its_device(artifact, tiny_model, tmp_path)
         return
     assert found["weights"]["matrices"] >= 9 and found["weights"]["not_found"] == []
+    assert found["weights"]["vectors"] == (5 if not target.static else found["weights"]["vectors"])
+    assert target.needs in card and "the best token the same in" in card and target.graph.forbidden_types[0] in card
+    if target.provider == "cpu":  # for another processor: the graph runs here, and says nothing of that one
+        assert device["ran_on_cpu"]
+        return
     assert device["ran_on_cpu"] or device["cpu_says"], device
     assert device["ran_on_cpu"] == (name != "cuda-bf16")  # the CPU has no bfloat16 attention
     with pytest.raises(InputError, match="the CPU does not take its place"):

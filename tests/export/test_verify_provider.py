@@ -51,7 +51,9 @@ def test_a_missing_provider_is_said_and_the_cpu_stands_in_only_when_asked(
         verify_artifact(for_openvino, tiny_model, rows, None, {}, None)
     report = verify_artifact(for_openvino, tiny_model, rows, None, {}, None, provider="cpu")
     assert report["passed"]
-    assert report["device"] == {"provider": "cpu", "ran": False, "shares": {"CPUExecutionProvider": 1.0}}
+    assert report["device"] == {
+        "provider": "cpu", "architecture": "any", "ran": False, "shares": {"CPUExecutionProvider": 1.0},
+    }  # fmt: skip
     assert (for_openvino / "README.md").read_text() == CARD
 
 
@@ -62,12 +64,29 @@ def test_where_it_ran_stands_in_report_and_card(
     monkeypatch.setitem(providers.PROVIDERS, "openvino", here)
     for limits, gate in (({"kld_mean": 1e-30}, "NOT PASSED"), ({}, "passed")):
         report = verify_artifact(for_openvino, tiny_model, rows, None, limits, None)
-        assert report["device"] == {"provider": "openvino", "ran": True, "shares": {"CPUExecutionProvider": 1.0}}
+        assert report["device"]["provider"] == "openvino" and report["device"]["ran"]
         card = (for_openvino / "README.md").read_text()
         assert f"| run on the device | yes, on openvino: KL mean {report['kld_mean']:.4f}" in card
         assert f"gate {gate}; nodes by provider: CPUExecutionProvider 100% |" in card
         assert "not run on the device" not in card and card.count("\n") == CARD.count("\n")
     open_artifact(for_openvino)  # the manifest knows the new card
+
+
+def test_the_processor_that_it_is_for_is_a_device_too(
+    tiny_artifact: Path,  # noqa: F811
+    tiny_model: Path,
+    tmp_path: Path,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = copy_of(tiny_artifact, tmp_path)
+    (folder / "README.md").write_text(CARD)
+    seal(folder, options={"target": {"architecture": "arm64"}})
+    for here, ran in (("x86-64", False), ("arm64", True)):
+        monkeypatch.setattr("edgetune.export.verify.architecture", lambda here=here: here)
+        report = verify_artifact(folder, tiny_model, rows, None, {}, None)
+        assert (report["device"]["architecture"], report["device"]["ran"]) == ("arm64", ran)
+        assert ("| run on the device | yes, on cpu, arm64: KL mean" in (folder / "README.md").read_text()) == ran
 
 
 def test_a_provider_that_takes_nothing_is_no_success(for_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:

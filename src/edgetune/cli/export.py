@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.cli._common import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from edgetune.errors import GateError
 
 _AUTO = " For a target that chooses grids by limits, such as cpu-auto."
 
@@ -77,7 +80,6 @@ def command(
 
     from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
-    from edgetune.runtime.artifact import adapter_file
     from edgetune.standalone import export_model
 
     auto = {
@@ -97,11 +99,16 @@ def command(
     found = export_model(model, out or Path("artifact"), section, name, data, adapter or [])
     if json:
         print_json(found)
-        return
-    if "task" in found:
-        _print_plain(found)
-        return
-    rows = [
+    else:
+        print_table(("result", "value"), _of_plain(found) if "task" in found else _rows(found, model))
+    if found["failures"]:
+        raise _missed(found)
+
+
+def _rows(found: dict[str, Any], model: Path) -> list[tuple[str, str]]:
+    from edgetune.runtime.artifact import adapter_file
+
+    return [
         ("artifact", found["path"]),
         ("precision", f"{found['precision']} on {found['provider']}"),
         ("size on disk", f"{found['size_mb']:,.1f} MB"),
@@ -111,25 +118,60 @@ def command(
             (f"adapter {name}", f"rank {told['rank']}, {found['files_mb'][adapter_file(name)]:,.1f} MB")
             for name, told in found.get("adapters", {}).items()
         ),
-        ("next", _next(found, model)),
+        *_device(found),
+        *_next(found, model),
     ]
-    print_table(("result", "value"), rows)
 
 
-def _next(found: dict[str, Any], model: Path) -> str:
-    """What to type now: with adapters, the gate for the first of them."""
+def _device(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is the case where this machine is not what the artifact is for."""
+    device = found["device"]
+    if device["ran"]:
+        return []
+    why = "the target" if device["provider"] == "cpu" else f"the provider {device['provider']}"
+    compared = found["weights"]
+    rows = [
+        ("on the device", f"not run: {why} {device['why_not']}"),
+        (
+            "checked here",
+            f"its graph against the target; {compared['matrices']} matrices and {compared['vectors']} norms and biases, read "
+            "back, are the model's",
+        ),
+        ("on the CPU", "its graph runs" if device["ran_on_cpu"] else f"not run: {device['cpu_says']}"),
+    ]
+    if "prepare_failed" in device:
+        rows.append(("compiled for it", f"not: {device['prepare_failed']}"))
+    return rows
+
+
+def _next(found: dict[str, Any], model: Path) -> list[tuple[str, str]]:
+    """What to type now, here or on the device: with adapters, the gate for the first of them."""
+    command, against = f"edgetune verify {found['path']}", f"--against {model} --data FILE"
     if names := list(found.get("adapters", {})):
-        return f"edgetune verify {found['path']} --adapter {names[0]} --against MERGED --data FILE"
-    return f"edgetune verify {found['path']} --against {model} --data FILE"
+        command, against = f"{command} --adapter {names[0]}", "--against MERGED --data FILE"
+    device = found["device"]
+    if device["ran"]:
+        return [("next", f"{command} {against}")]
+    there = [("next, on the device", f"{command} {against}")]
+    here = "" if device["provider"] == "cpu" else "--provider cpu "
+    return [*there, ("next, here", f"{command} {here}{against}")] if device["ran_on_cpu"] else there
 
 
-def _print_plain(found: dict[str, Any]) -> None:
-    """What came of an encoder or a sequence-to-sequence model. Raises GateError where a limit was missed."""
+def _missed(found: dict[str, Any]) -> GateError:
     from edgetune.errors import GateError
+    from edgetune.export.package import size_error
+
+    if "task" in found:
+        return GateError("; ".join(found["failures"]), where=found["path"], fix="export to cpu-fp32")
+    return size_error(found, Path(found["path"]))
+
+
+def _of_plain(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What came of an encoder or a sequence-to-sequence model."""
     from edgetune.export.plain.card import measures
 
     aside = [("left aside", ", ".join(found["left_aside"]))] if found["left_aside"] else []
-    rows = [
+    return [
         ("artifact", found["path"]),
         ("for", f"{found['task']}, {found['precision']} on {found['provider']}"),
         ("size on disk", f"{found['size_mb']:,.1f} MB"),
@@ -140,6 +182,3 @@ def _print_plain(found: dict[str, Any]) -> None:
         ("took", f"{found['seconds']:.0f} s, peak {found['peak_rss_mb']:,.0f} MB"),
         ("next", f"in Python: edgetune.runtime.load({found['path']!r})"),
     ]
-    print_table(("result", "value"), rows)
-    if found["failures"]:
-        raise GateError("; ".join(found["failures"]), where=found["path"], fix="export to cpu-fp32")

@@ -136,15 +136,21 @@ def _base(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _data(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    digest = manifest.get("chain", {}).get("data")
+    chain = manifest.get("chain", {})
+    digest = chain.get("data")
     if not digest:
         return []
+    files = [
+        {**_file(one["name"], one["sha256"]), "bom-ref": f"data:{one['name']}@{one['sha256'][:12]}"}
+        for one in chain.get("data_files", ())
+    ]
     return [
         {
             "type": "data",
             "bom-ref": "data",
             "name": "training and validation rows",
             "data": [{"type": "dataset", "name": "training and validation rows"}],
+            **({"components": files} if files else {}),
             **_properties({"edgetune:digest": digest}),
         }
     ]

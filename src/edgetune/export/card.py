@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune import progress
 from edgetune.export.targets import Target
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
 from edgetune.run import MANIFEST
 from edgetune.runtime.artifact import NO_ADAPTER, adapter_file
-
-if TYPE_CHECKING:
-    from edgetune.models import Base
 
 _OVERFLOW = (
     " On an x86 processor without VNNI set its session option `session.x64quantprecision` to 1 there: without it 8-bit products "
@@ -61,7 +57,7 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
     ]
     lines += _adapters(reports)
     lines += ["## What was measured", "", *_numbers(reports), ""]
-    lines += ["## What it needs", "", target.needs, ""]
+    lines += ["## What it needs", "", target.needs, "", *_rules(target, reports)]
     if export := reports.get("export"):
         lines += [
             f"Context: {export['max_length']} tokens, prompt and answer together (the model's own limit is "
@@ -75,6 +71,27 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
         "Licence: " + (f"{license_name}, as the base model's." if license_name else "that of the base model."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rules(target: Target, reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What the target asks of an artifact: the gate's limits, and what the graph must not contain."""
+    limits = reports.get("verify", {}).get("limits") or target.limits.model_dump()
+    rules = target.graph
+    kept = [
+        f"opset {rules.opset} at most",
+        f"operators of the domains {', '.join(rules.domains)} only",
+        *([f"without {', '.join(rules.forbidden_ops)}"] if rules.forbidden_ops else []),
+        *([f"without tensors of {', '.join(rules.forbidden_types)}"] if rules.forbidden_types else []),
+        *(["all shapes fixed"] if target.static else []),
+    ]
+    return [
+        f"Limits of the gate: mean KL divergence at most {limits['kld_mean']:g} nats, 99th percentile at most "
+        f"{limits['kld_p99']:g}, the best token the same in {limits['top1_agreement']:.0%} of positions, perplexity at most "
+        f"{limits['perplexity_ratio']:g} times the merged model's.",
+        "",
+        f"The graph was checked against its target: {'; '.join(kept)}.",
+        "",
+    ]
 
 
 def _has_int8_products(target: Target) -> bool:
@@ -94,14 +111,24 @@ def _on_device(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     if row := _ran(reports.get("verify", {})):
         return [row]
-    if device["ran"]:
+    if device["ran"]:  # the CPU says nothing of itself
         said = f"answered on {device['provider']} when it was exported; `edgetune verify` compares it there"
         return [] if device["provider"] == "cpu" else [(_UNSEEN, said)]
     rows = [(_UNSEEN, "checked, not run on the device: run `edgetune verify` there")]
     for file, shares in device.get("prepared", {}).items():
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        rows.append((f"compiled for the device, {file}", f"nodes by provider: {parts}"))
+        rows.append(
+            (f"compiles for the device, {file}", f"nodes by provider: {parts}; compiled there at the first load")
+        )
+    if why := device.get("prepare_failed"):
+        rows.append(("compiles for the device", f"no: {_cell(why)}"))
+    if why := device.get("cpu_says"):
+        rows.append(("run on the CPU in place of it", f"no: {_cell(why)}"))
     return rows
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 _UNSEEN, _SEEN = "on the device", "run on the device"
@@ -110,13 +137,14 @@ _UNSEEN, _SEEN = "on the device", "run on the device"
 def _ran(verify: dict[str, Any]) -> tuple[str, str] | None:
     """What the card says once a comparison was made on what the artifact is for; None where none was."""
     device = verify.get("device")
-    if not device or not device["ran"] or device["provider"] == "cpu":
+    only = device.get("architecture", "any") if device else "any"
+    if not device or not device["ran"] or (device["provider"] == "cpu" and only == "any"):
         return None
     parts = ", ".join(f"{name} {share:.0%}" for name, share in device["shares"].items())
     gate = "passed" if verify["passed"] else "NOT PASSED"
     return (
         _SEEN,
-        f"yes, on {device['provider']}: KL mean {verify['kld_mean']:.4f} over {verify['tokens']} tokens, best token agrees "
+        f"yes, on {device['provider']}{'' if only == 'any' else f', {only}'}: KL mean {verify['kld_mean']:.4f} over {verify['tokens']} tokens, best token agrees "
         f"{verify['top1_agreement']:.1%}, gate {gate}; nodes by provider: {parts}",
     )
 
@@ -140,8 +168,17 @@ def stamp(artifact: Path, verify: dict[str, Any]) -> None:
         progress.say("note: the card could not be changed, as its folder may not be written")
 
 
+def keep_stamp(before: str, now: str) -> str:
+    """A new card of the same artifact, with what an earlier one says of a run on the device where this one knows of none."""
+    seen = next((line for line in before.splitlines(keepends=True) if line.startswith(f"| {_SEEN} |")), None)
+    lines = now.splitlines(keepends=True)
+    return now if seen is None else "".join(seen if line.startswith(f"| {_UNSEEN} |") else line for line in lines)
+
+
 def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
     rows = _on_device(reports)
+    if missed := reports.get("export", {}).get("failures"):
+        rows.append(("what was asked of the export", "NOT REACHED: " + "; ".join(missed)))
     if train := reports.get("train"):
         before, after = train["validation"]["before"], train["validation"]["after"]
         rows.append(("validation loss, before → after training", f"{before['loss']:.3f} → {after['loss']:.3f}"))
@@ -254,11 +291,3 @@ def rewrite_card(artifact: Path, text: str) -> None:
             "bytes": len(text.encode()),
         }
         write_json(staged / MANIFEST, manifest)
-
-
-def describe(base: Base) -> dict[str, Any]:
-    """The base model as an artifact's manifest and card tell of it: `id`, `source`, `revision`, `license`, `upstream`, `sha256`."""
-    found = {name: value for name, value in asdict(base).items() if name not in ("path", "files")}
-    if base.source in ("folder", "gguf"):
-        found["id"] = Path(base.id).name  # an artifact carries no path of this machine
-    return {**found, "sha256": base.digest}

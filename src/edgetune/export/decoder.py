@@ -22,9 +22,9 @@ from edgetune.export.kv_cache import write_scales
 from edgetune.export.needs import needs, require_room
 from edgetune.export.qdq import to_static
 from edgetune.export.quantize.smooth import Folded
-from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
+from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, check_kernels, write_checkpoint
 from edgetune.export.source_check import check_source
-from edgetune.export.targets import Target, require_fit
+from edgetune.export.targets import Target, require_fit, status_of
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
 from edgetune.models import context_length, load_config, stop_ids
@@ -43,6 +43,7 @@ def export_decoder(
     name: str,
     examples: Examples = NO_EXAMPLES,
     adapters: Sequence[Adapter] = (),
+    folded: Folded | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
@@ -56,6 +57,7 @@ def export_decoder(
         name: the artifact's name, for catalogs.
         examples: training rows, for a target that calibrates.
         adapters: what stays beside the weights; `merged` is then their base.
+        folded: takes what smoothing divided by.
         trust_remote_code: run code that the model's folder brings.
 
     Returns:
@@ -74,7 +76,7 @@ def export_decoder(
     context = context_length(merged)
     limit = min(max_length, context)
     more: dict[str, Any] = {}
-    log, folded = report / "builder.log", Folded()
+    log, folded = report / "builder.log", folded or Folded()
     if target.kv_cache == "int8":
         scales = write_scales(
             merged, [row.ids for row in examples.rows], report / "kv_scales.json", trust_remote_code=trust_remote_code
@@ -137,6 +139,8 @@ def _quantize_and_build(
 
     section = target.quantization
     assert section is not None
+    if target.provider == "cpu" and status_of(target).runs:
+        check_kernels(section)
     target = target.model_copy(update={"options": {**BUILDER_OPTIONS, **target.options}})
     with tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}quantized-", dir=artifact.parent) as folder:
         checkpoint = Path(folder)

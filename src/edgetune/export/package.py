@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetune.errors import EdgetuneError, first_line
+from edgetune import progress
+from edgetune.errors import EdgetuneError, GateError, first_line
 from edgetune.export.adapters.read import Adapter
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
 from edgetune.export.graph_check import check_graph, check_greedy, check_places
+from edgetune.export.quantize.smooth import Folded
 from edgetune.export.quantized import NO_EXAMPLES, Examples
-from edgetune.export.targets import Target
+from edgetune.export.targets import Target, status_of
 from edgetune.export.weight_check import compare_weights
 from edgetune.files import folder_size, read_json, write_json, write_text
 from edgetune.run import Work, seal
-from edgetune.runtime.providers import prepare, status
+from edgetune.runtime.providers import prepare
 
 # How ONNX Runtime words that the CPU does not have an operator, or not for these types.
 _NO_KERNEL = re.compile(r"NOT_IMPLEMENTED|Could not find an implementation")
@@ -54,12 +56,13 @@ def export(
         adapters: what stays beside the weights; `merged` is then their base.
 
     Returns:
-        The report.
+        The report; `failures` are limits of the target's `auto` that the artifact misses (see `size_error`).
 
     Raises:
         InputError: the model cannot be exported.
         EdgetuneError: the builder failed, or its artifact does not load or does not keep the chat contract.
     """
+    folded = Folded()
     found = export_decoder(
         merged,
         target,
@@ -69,34 +72,68 @@ def export(
         name=name,
         examples=examples,
         adapters=adapters,
+        folded=folded,
         trust_remote_code=trust_remote_code,
     )
     graphs = sorted(artifact.glob("*.onnx"))
     found["graphs"] = {file.name: check_graph(file, target) for file in graphs}
-    here = status(target.provider)
-    found["device"] = {"provider": target.provider, "ran": here.runs, "why_not": here.note}
+    here = status_of(target)
+    found["device"] = {
+        "provider": target.provider,
+        "architecture": target.architecture,
+        "ran": here.runs,
+        "why_not": here.note,
+    }
     if here.prepares:
         found["device"].update(_prepare(graphs, target.provider))
     if not here.runs:
-        found["weights"] = compare_weights(merged, graphs[0], target.precision)
-    write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
-    told = {"adapters": found["adapters"]} if adapters else {}
-    seal(artifact, work, name=name, task="text-generation", chain=chain, **told)
+        found["weights"] = compare_weights(
+            merged, graphs[0], target.precision, folded.columns.keys() | folded.rows.keys()
+        )
+
+    def complete() -> None:
+        write_text(artifact / "README.md", card(name, chain["base"], target, {"export": found}))
+        told = {"adapters": found["adapters"]} if adapters else {}
+        seal(artifact, work, name=name, task="text-generation", chain=chain, **told)
+
+    complete()
     found["device"].update(_run_static(artifact) if target.static and not here.runs else _load(artifact, here.runs))
     check_places(artifact, merged, artifact)
     if target.precision == "fp32":
         check_greedy(merged, artifact, trust_remote_code=trust_remote_code)
     found["size_mb"] = round(folder_size(artifact) / 1e6, 3)
+    found["failures"] = _too_large(target, found["size_mb"])
+    complete()  # with what came of running it
     write_json(report / "report.json", found)
     return found
 
 
+def _too_large(target: Target, size_mb: float) -> list[str]:
+    """The limit of size that a finished artifact misses, in words; `auto` chose by a prediction."""
+    most = target.quantization.auto.size_mb if target.quantization else None
+    return [] if most is None or size_mb <= most else [f"size_mb {size_mb:.3f} is over {most:g}"]
+
+
+def size_error(report: dict[str, Any], artifact: Path) -> GateError:
+    """What is said, and what to try, when a finished artifact misses the limits that its grids were chosen by."""
+    limit = report["quantization"]["auto"]["limits"]["size_mb"]
+    return GateError(
+        f"the artifact is not what was asked for: {'; '.join(report['failures'])}",
+        where=artifact,
+        fix=f"aim lower, at export.auto.size_mb={limit - 1.1 * (report['size_mb'] - limit):.3f}; what was measured is kept",
+    )
+
+
 def _prepare(graphs: list[Path], provider: str) -> dict[str, Any]:
-    """Compile for a device that is not here: `prepared`, the providers' shares by graph, or `prepare_failed`, why not."""
+    """Try to compile for a device that is not here: `prepared`, the providers' shares by graph, or `prepare_failed`, why not.
+
+    The compiled graphs are not kept: they are for one kind of device, and each compiles its own at the first load.
+    """
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         try:
             return {"prepared": {file.name: prepare(file, provider, Path(folder) / file.name) for file in graphs}}
         except EdgetuneError as error:
+            progress.say(f"export: note: {first_line(error)}")
             return {"prepare_failed": first_line(error)}
 
 
@@ -136,6 +173,7 @@ def _load(artifact: Path, runs: bool) -> dict[str, Any]:
     except EdgetuneError as error:
         if runs or not _NO_KERNEL.search(str(error)):
             raise
+        progress.say(f"export: note: the CPU cannot run the graph: {first_line(error)}")
         return {"ran_on_cpu": False, "cpu_says": first_line(error)}
     if answer.completion_tokens < 1:
         raise EdgetuneError("the artifact loads, but generates nothing", where=artifact.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +14,11 @@ from edgetune.errors import InputError
 from edgetune.export.quantize.plan import Plan
 from edgetune.export.quantize.section import QuantizationSection
 from edgetune.files import read_json
-from edgetune.recipe import ExportSection, Limits, Recipe
+from edgetune.recipe import AutoSection, ExportSection, Limits, Recipe
 from edgetune.recipe_file import shipped
 from edgetune.recipe_section import Section, changed
+from edgetune.runtime.hardware import architecture
+from edgetune.runtime.providers import Status, status
 
 Provider = Literal["cpu", "cuda", "dml", "webgpu", "tensorrt-rtx", "openvino", "qnn", "vitisai"]
 
@@ -62,6 +65,9 @@ class Target(Section):
     )
     graph: GraphRules = Field(default_factory=GraphRules, description="What the graph must not contain.")
     static: StaticShapes | None = Field(None, description="Fixed shapes and 8-bit QDQ; dynamic shapes when not given.")
+    architecture: Literal["any", "x86-64", "arm64"] = Field(
+        "any", description="The processor that it runs on. Elsewhere its graph is checked, as without the device."
+    )
     kv_cache: Literal["float", "int8"] = Field(
         "float", description="int8 takes a quarter of float32's memory in long contexts; scales are calibrated."
     )
@@ -138,20 +144,33 @@ def target_of(section: ExportSection) -> Target:
     Raises:
         InputError: as `load_target`, or the target does not choose grids by limits.
     """
-    target = load_target(section.target)
-    own = {
-        name: value for name, value in section.auto if name in changed(section.auto, *type(section.auto).model_fields)
-    }
-    if not own:
-        return target
+    target, own = load_target(section.target), section.auto
+    given, others = own.limits, {name: getattr(own, name) for name in changed(own, "tokens", "points")}
     if target.quantization is None or target.quantization.method != "auto":
-        raise InputError(
-            f"the target {section.target} does not choose grids by limits",
-            where="export.auto",
-            fix="set export.target: cpu-auto, or remove the limits",
-        )
-    auto = target.quantization.auto.model_copy(update=own)
-    return target.model_copy(update={"quantization": target.quantization.model_copy(update={"auto": auto})})
+        if others or any(value is not None for value in given.values()):
+            raise InputError(
+                f"the target {section.target} does not choose grids by limits",
+                where="export.auto",
+                fix="set export.target: cpu-auto, or remove the limits",
+            )
+        return target
+    known = target.quantization.auto
+    auto = AutoSection.model_validate(
+        {"tokens": known.tokens, "points": known.points, **(given or known.limits), **others}
+    )
+    return target.model_copy(
+        update={
+            "quantization": target.quantization.model_copy(update={"auto": auto}),
+            "limits": _promised(target.limits, auto),
+        }
+    )
+
+
+def _promised(limits: Limits, auto: AutoSection) -> Limits:
+    """The gate's limits: no looser than what the grids were chosen by."""
+    if auto.kld_mean is None or auto.kld_mean >= limits.kld_mean:
+        return limits
+    return limits.model_copy(update={"kld_mean": auto.kld_mean})
 
 
 def target_for(recipe: Recipe) -> Target:
@@ -184,6 +203,17 @@ def trained_through(recipe: Recipe) -> Plan | None:
     return section.plan()
 
 
+def status_of(target: Target) -> Status:
+    """How a target's provider stands on this machine. On a processor of another architecture it finds no device."""
+    found, here = status(target.provider), architecture()
+    if target.architecture in ("any", here):
+        return found
+    note = f"is for {target.architecture} processors, and this one is {here}"
+    return replace(
+        found, devices=(), prepares=False, note=note, fix=f"take the artifact to an {target.architecture} machine"
+    )
+
+
 def require_fit(target: Target, merged: Path) -> None:
     """Raise InputError where the target's provider cannot run the model's attention."""
     found = read_json(merged / "config.json")
@@ -200,8 +230,10 @@ def require_fit(target: Target, merged: Path) -> None:
 
 
 def with_limits(target: Target, own: Limits) -> Limits:
-    """The gate's limits: the target's, replaced by those that the recipe names."""
-    return target.limits.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+    """The gate's limits: the target's, replaced by those that the recipe names, and no looser than `auto`'s."""
+    limits = target.limits.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+    section = target.quantization
+    return limits if section is None else _promised(limits, section.auto)
 
 
 def limits_of(artifact: Path) -> Limits:

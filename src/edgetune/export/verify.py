@@ -23,6 +23,7 @@ from edgetune.models import load_tokenizer
 from edgetune.models.quiet import quiet
 from edgetune.recipe import Limits, VerifySection
 from edgetune.runtime.artifact import adapter_file
+from edgetune.runtime.hardware import architecture
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.runtime.providers import named
 
@@ -65,7 +66,7 @@ def verify(
         The report: `kld_mean`, `kld_median`, `kld_p90` … `kld_max` (nats), `delta_p_rms`, `top1_agreement`,
         `perplexity.{merged,artifact,ratio,ratio_se}`, `tokens`, `by_position`, `by_token_class`, `worst`, `golden`
         (first divergent token of greedy generation), `device` (None for a transformers folder; `provider`: where it ran,
-        `ran`: whether that is what it was made for, `shares` of its nodes by ONNX Runtime's providers), `limits`,
+        `architecture`: of the processors that it was made for, `ran`: whether all of that is what it was made for, `shares` of its nodes by ONNX Runtime's providers), `limits`,
         `failures` and `passed`; where they are given `adapter` and `base` (`kld_mean`, `kld_p99`, `top1_agreement`,
         `tokens`), which has no limits.
 
@@ -117,7 +118,7 @@ def verify(
         "kinds": {
             name: "onnx" if is_graph(p) else "weights" for name, p in (("merged", merged), ("artifact", artifact))
         },
-        "precision": _precision(artifact),
+        "precision": str(_target(artifact).get("precision", "unknown")),
         "device": device,
         "golden": answers,
         "limits": section.limits.model_dump(),
@@ -139,9 +140,11 @@ def _device(artifact: Path, found: Reader, provider: str) -> dict[str, Any] | No
     """Where the artifact ran, and whether it was made for that."""
     if not isinstance(found, Graph):
         return None
+    only = _target(artifact).get("architecture", "any")
     return {
         "provider": provider,
-        "ran": provider == named(read_json(artifact / CONFIG)),
+        "architecture": only,
+        "ran": provider == named(read_json(artifact / CONFIG)) and only in ("any", architecture()),
         "shares": found.shares(),
     }
 
@@ -251,13 +254,12 @@ def gate_error(report: dict[str, Any], artifact: Path) -> GateError:
     return GateError(f"the gate is not passed: {'; '.join(report['failures'])}", where=artifact, fix=fix)
 
 
-def _precision(artifact: Path) -> str:
-    """As edgetune's own manifest has it, else unknown."""
+def _target(artifact: Path) -> dict[str, Any]:
+    """As edgetune's own manifest has it, else empty."""
     try:
-        options = read_json(artifact / "manifest.json").get("options", {})
-        return str(options.get("target", {}).get("precision", "unknown"))
-    except (InputError, AttributeError):
-        return "unknown"
+        return dict(read_json(artifact / "manifest.json")["options"]["target"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def failures(report: dict[str, Any], limits: Limits) -> list[str]:

@@ -6,7 +6,7 @@ For artifacts whose provider is not on this machine: that the numbers arrived is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,40 +20,102 @@ if TYPE_CHECKING:
 
 # Largest relative error of a matrix (of its Frobenius norm) that rounding can explain; more is a mistake.
 _MOST = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 5e-3, "int8": 0.05, "int4": 0.35}
+_MOST_OF_TYPE = {1: "fp32", 10: "fp16", 16: "bf16"}  # norms and biases are not quantized: by ONNX's numbers of types
 _LAYER = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul")
+_VECTOR = re.compile(r"(?:model|lm_head)\.[\w.]*(?:weight|bias)")  # what the builder calls norms and biases
 
 
-def compare_weights(merged: Path, file: Path, precision: str) -> dict[str, Any]:
-    """Compare every matrix of a graph with the one that it was made from.
+def compare_weights(merged: Path, file: Path, precision: str, smoothed: Collection[str] = ()) -> dict[str, Any]:
+    """Compare every matrix, norm and bias of a graph with the one that it was made from.
 
     Args:
         merged: transformers folder.
         file: the graph; its weights lie beside it.
         precision: of the target.
+        smoothed: full names of matrices that were scaled before they were rounded: neither they nor the norms of their
+            layers are the merged model's any more, and they are left out.
 
     Returns:
-        `matrices` (how many were compared), `not_found` (names of matrices that the merged model has under no known
-        name), `worst`: `module` and `relative_error` (‖exported − merged‖ / ‖merged‖).
+        `matrices` and `vectors` (how many were compared), `smoothed` (how many were left out), `not_found` (names of what
+        the merged model has under no known name), `worst`: `module` and `relative_error` of a matrix
+        (‖exported − merged‖ / ‖merged‖).
 
     Raises:
-        EdgetuneError: a matrix has another shape, or differs by more than the precision explains.
+        EdgetuneError: one has another shape, or differs by more than its precision explains; or nothing could be compared.
     """
+    changed = {name.rpartition(".self_attn")[0] or name.rpartition(".mlp")[0] for name in smoothed}
+    missing: list[str] = []
+    matrices, vectors, left_out, worst = 0, 0, 0, ("", 0.0)
     with Weights(merged) as tensors:
-        done, missing, worst = 0, [], ("", 0.0)
         for name, matrix in read_weights(file):
-            wanted = _merged(tensors, name)
-            if wanted is None:
+            names, wanted = _merged(tensors, name)
+            if any(one.removesuffix(".weight") in smoothed for one in names):
+                left_out += 1
+            elif wanted is None:
                 missing.append(name)
-                continue
-            error = _difference(matrix, wanted, name, file)
-            done, worst = done + 1, max(worst, (name, error), key=lambda entry: entry[1])
+            else:
+                error = _difference(matrix, wanted, name, file)
+                matrices, worst = matrices + 1, max(worst, (name, error), key=lambda entry: entry[1])
+        for name, vector, kind in read_vectors(file):
+            names = _vector_names(tensors, name)
+            if any(names and names[0].startswith(f"{layer}.") for layer in changed):
+                left_out += 1
+            elif not names:
+                missing.append(name)
+            else:
+                _check_vector(vector, _joined(tensors, names), name, kind, file)
+                vectors += 1
     if not worst[1] <= _MOST[precision]:
+        raise _differs(worst[0], worst[1], precision, file)
+    if not matrices:
         raise EdgetuneError(
-            f"the weights of {worst[0]} differ from the merged model's by {worst[1]:.1%}, more than {precision} explains",
+            f"not one of the graph's weights could be compared with the merged model's: {len(missing)} are called otherwise"
+            + (f", {missing[0]} first" if missing else ""),
             where=file.name,
-            fix="choose another precision, and report this model",
+            fix="report this model; `edgetune verify` compares what it computes, on a machine that runs the graph",
         )
-    return {"matrices": done, "not_found": missing, "worst": {"module": worst[0], "relative_error": round(worst[1], 6)}}
+    return {
+        "matrices": matrices,
+        "vectors": vectors,
+        "smoothed": left_out,
+        "not_found": missing,
+        "worst": {"module": worst[0], "relative_error": round(worst[1], 6)},
+    }
+
+
+def _differs(name: str, error: float, precision: str, file: Path) -> EdgetuneError:
+    return EdgetuneError(
+        f"the weights of {name} differ from the merged model's by {error:.1%}, more than {precision} explains",
+        where=file.name,
+        fix="choose another precision, and report this model",
+    )
+
+
+def _check_vector(vector: np.ndarray, wanted: torch.Tensor, name: str, kind: int, file: Path) -> None:
+    """Raise EdgetuneError where a norm or a bias is another one. Some models' norms lack the 1 that the builder adds."""
+    precision = _MOST_OF_TYPE[kind]
+    error = _difference(vector, wanted, name, file)
+    if name.endswith(".weight"):
+        error = min(error, _difference(vector, wanted + 1, name, file))
+    if not error <= _MOST[precision]:
+        raise _differs(name, error, precision, file)
+
+
+def _vector_names(tensors: Weights, name: str) -> list[str]:
+    """What a norm or a bias of the graph is called in the merged model, its parts in order; empty where it has none such."""
+    name = name.replace(".Add.bias", ".bias").replace(".attn.", ".self_attn.").replace(".layernorm.", ".")
+    if ".final_norm_layernorm." in name:
+        name = f"model.norm.{name.rpartition('.')[2]}"
+    names = [name]
+    if name not in tensors and ".qkv_proj." in name:
+        names = [name.replace(".qkv_proj.", f".{which}_proj.") for which in "qkv"]
+    return names if all(one in tensors for one in names) else []
+
+
+def _joined(tensors: Weights, names: list[str]) -> torch.Tensor:
+    import torch
+
+    return torch.cat([tensors.get(name) for name in names])
 
 
 def _difference(matrix: np.ndarray, wanted: torch.Tensor, name: str, file: Path) -> float:
@@ -69,10 +131,9 @@ def _difference(matrix: np.ndarray, wanted: torch.Tensor, name: str, file: Path)
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def _merged(tensors: Weights, node: str) -> torch.Tensor | None:
-    """The merged model's matrix (rows, columns as transformers has them) that a node of the graph was made from."""
-    import torch
-
+def _merged(tensors: Weights, node: str) -> tuple[list[str], torch.Tensor | None]:
+    """The merged model's matrix (rows, columns as transformers has them) that a node of the graph was made from, and the names
+    of its parts; None where it has none."""
     if node.startswith("/model/embed_tokens/"):
         names = ["model.embed_tokens.weight"]
     elif node.startswith("/lm_head/"):
@@ -85,12 +146,22 @@ def _merged(tensors: Weights, node: str) -> torch.Tensor | None:
             names = [f"{before}.{which}_proj.weight" for which in "qkv"]
         elif names[0] not in tensors and last in ("gate_proj", "up_proj"):
             both = f"{before}.gate_up_proj.weight"  # fused in the merged model, two matrices in the graph
-            return tensors.get(both).chunk(2)[last == "up_proj"] if both in tensors else None
+            return names, tensors.get(both).chunk(2)[last == "up_proj"] if both in tensors else None
     else:
-        return None
-    if any(name not in tensors for name in names):
-        return None
-    return torch.cat([tensors.get(name) for name in names])
+        return [], None
+    return names, _joined(tensors, names) if all(name in tensors for name in names) else None
+
+
+def read_vectors(file: Path) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Every norm and bias of a graph by its name: float32, and ONNX's number of the type that it has there."""
+    import numpy as np
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    held = _Held({tensor.name: tensor for tensor in graph.initializer}, file.parent)
+    for tensor in graph.initializer:
+        if len(tensor.dims) == 1 and tensor.data_type in _MOST_OF_TYPE and _VECTOR.fullmatch(tensor.name):
+            yield tensor.name, held.array(tensor.name).astype(np.float32), tensor.data_type
 
 
 def read_weights(file: Path) -> Iterator[tuple[str, np.ndarray]]:

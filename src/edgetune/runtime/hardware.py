@@ -112,6 +112,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def architecture() -> str:
+    """The processor's, as targets have it: `x86-64`, `arm64`, or what the system calls it."""
+    names = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "arm64", "arm64": "arm64"}
+    return names.get(platform.machine().lower(), platform.machine())
+
+
 def cpu() -> dict[str, Any]:
     """The processor: the part of `hardware()` that stays the same."""
     import psutil

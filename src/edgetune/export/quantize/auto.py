@@ -6,11 +6,12 @@ limits, or a run that was interrupted, go on from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,10 @@ _FORMAT = 3  # of what is kept
 _LONGEST = 128  # tokens of a held-out row: rows differ more than the places in one
 _LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
 _SECONDS_A_CODE = 0.4e-6  # of GPTQ, a weight, on a core of 90 * 10^9 operations a second
+_SECONDS_A_COST = 1.0  # of a product: its graphs are made, and run for 0.4 s
 _FILES_A_LAYER = 8_000  # bytes of a graph
+_OTHER_FILES = 16_000  # bytes: configuration, golden prompts, card, manifest
+_IN_HAND = {"kld_mean": 0.9, "size_mb": 0.998}  # shares of the limits that the choice goes by
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,12 @@ def find(
         trust_remote_code=trust_remote_code,
     )
     choice, scaled = _choice(found, candidates, config, merged, context, threads)
-    limits = Wanted(**{name: getattr(wanted, name) for name in Wanted.__dataclass_fields__})
     front = choice.front()
-    point = choice.pick(limits)
-    progress.say(front_table(choice, front, point))
+    point = _pick(choice, Wanted(**wanted.limits))
+    progress.say(front_table(choice, front, point, others))
     progress.say(f"auto: predicted {describe(point)}, on {threads} threads")
     told: dict[str, Any] = {
-        "limits": wanted.model_dump(exclude_none=True),
+        "limits": {name: value for name, value in wanted.limits.items() if value is not None},
         "picked": as_json(point),
         "groups": {unit.name: unit.options[at].label for unit, at in zip(choice.units, point.picks, strict=True)},
         "front": [as_json(one) | {"grids": counts(choice, one)} for one in front],
@@ -122,6 +125,15 @@ def find(
         for name, grid in unit.options[at].grids.items()
     }
     return Found(Plan(Grid(4, 32, True), grids, "gptq", most_error=float("inf")), told)
+
+
+def _pick(choice: Choice, limits: Wanted) -> Point:
+    """What the limits want, with something in hand where that can be: the gate reads other rows than these, and the files
+    around the weights are known to some KB only. Raises InputError: nothing keeps the limits."""
+    least = {name: share * value for name, share in _IN_HAND.items() if (value := getattr(limits, name)) is not None}
+    with contextlib.suppress(InputError):
+        return choice.pick(replace(limits, **least))
+    return choice.pick(limits)
 
 
 def counts(choice: Choice, point: Point) -> dict[str, int]:
@@ -221,18 +233,41 @@ def _say_time(config: dict[str, Any], held_out: Sequence[Encoded], calibration: 
     if (kept / "ends.json").is_file():
         progress.say(f"auto: what was measured before is taken from {kept}")
         return
-    body, head = config["layer_weights"], config["head_weights"]
     tokens, places = sum(len(row.ids) for row in held_out), sum(sum(row.learned) for row in held_out)
-    tried = 4 * len(CANDIDATES)
-    each = 2 * (tokens * body * (left / 2 + 1) + places * head)
-    work = left * tried * each + 2 * sum(len(row.ids) for row in calibration) * body * 2 * config["layers"]
-    speed = _gflops()
-    seconds = work / speed / 1e9 + left * body * 2 * _SECONDS_A_CODE * 90 / speed
+    seconds = _seconds(config, tokens, places, sum(len(row.ids) for row in calibration), left)
     again = f", {done} of {config['layers']} layers measured before" if done else ""
     progress.say(
         f"auto: measuring {left} layers takes about {progress.clock(seconds)} where nothing else runs{again}; "
         "interrupted, it goes on from where it was"
     )
+
+
+def measuring(model: Path, wanted: AutoSection, calibration_tokens: int) -> float:
+    """Seconds that measuring a model takes here where nothing of it is known yet, as `edgetune plan` says it.
+
+    Args:
+        model: transformers folder, or another one of its shape.
+        wanted: says how many tokens layers are measured on.
+        calibration_tokens: of the target.
+
+    Raises:
+        InputError: its configuration does not say enough.
+    """
+    config = _config(model)
+    shape: Shape = config["shape"]
+    kinds = 5  # of products in a layer, and the head; each with every candidate, for a token and for many
+    costs = kinds * len(CANDIDATES) * 2 * _SECONDS_A_COST
+    tokens = 2 * wanted.tokens  # a row's prompt comes with its answer
+    return _seconds(config, tokens, wanted.tokens, calibration_tokens, shape.layers) + costs
+
+
+def _seconds(config: dict[str, Any], tokens: int, places: int, calibration: int, layers: int) -> float:
+    """Of measuring so many layers: tokens that are read, places where distributions are compared, tokens to calibrate on."""
+    body, head = config["layer_weights"], config["head_weights"]
+    each = 2 * (tokens * body * (layers / 2 + 1) + places * head)
+    work = layers * 4 * len(CANDIDATES) * each + 2 * calibration * body * 2 * config["layers"]
+    speed = _gflops()
+    return float(work / speed / 1e9 + layers * body * 2 * _SECONDS_A_CODE * 90 / speed)
 
 
 def _gflops() -> float:
@@ -294,7 +329,7 @@ def _rest(config: dict[str, Any], merged: Path, context: int, costs: Costs) -> R
     files = len(json.dumps(words, ensure_ascii=False, separators=(",", ":")).encode())  # as the export writes it
     angles = 4 * context * shape.head_size  # cosines and sines of half a head
     floats = 4 * shape.hidden * (2 * shape.layers + 1)
-    size = files + angles + floats + _FILES_A_LAYER * (shape.layers + 1)
+    size = files + angles + floats + _FILES_A_LAYER * (shape.layers + 1) + _OTHER_FILES
     return Rest(size, costs.rest(shape, 1), costs.rest(shape, MANY) / MANY)
 
 

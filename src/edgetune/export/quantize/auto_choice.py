@@ -170,9 +170,10 @@ class Choice:
         good = [point for point in points if wanted.met(point)]
         if not good:
             # the front's convex part may lie around what is wanted: go there from what misses it least
-            good = [point for point in self._repaired(points, wanted) if wanted.met(point)]
+            near = list(self._repaired(points, wanted))
+            good = [point for point in near if wanted.met(point)]
         if not good:
-            raise _unreachable(points, wanted)
+            raise _unreachable(min(near, key=lambda point: excess(point, wanted)), wanted)
         best = min(
             good, key=(lambda p: (p.size_mb, p.kld)) if wanted.only_divergence else (lambda p: (p.kld, p.size_mb))
         )
@@ -225,14 +226,39 @@ class Choice:
             point = best
 
     def _repaired(self, points: Sequence[Point], wanted: Wanted) -> Iterator[Point]:
+        """What comes nearest to the limits, by changes of one unit or two at a time from the points that miss them least."""
         for start in sorted(points, key=lambda point: excess(point, wanted))[:8]:
             point = start
             while not wanted.met(point):
-                best = min(self._neighbours(point), key=lambda one: excess(one, wanted), default=point)
-                if excess(best, wanted) >= excess(point, wanted):
+                best = self._nearer(point, wanted)
+                if excess(best, wanted) >= excess(point, wanted) - 1e-12:
                     break
                 point = best
             yield point
+
+    def _nearer(self, point: Point, wanted: Wanted) -> Point:
+        """The best of what differs from a point in one unit; where none is nearer, in two."""
+        import numpy as np
+
+        picks = np.asarray(point.picks)
+        unit, option = np.nonzero(np.isfinite(self._costs[_KLD]))
+        change = (
+            self._costs[:, unit, option] - self._costs[:, unit, picks[unit]]
+        ).T  # by change and kind; none for its own
+        sums = self._sums(picks)
+        alone = _excess(sums + change, wanted)
+        one = int(alone.argmin())
+        if alone[one] < excess(point, wanted) - 1e-12:
+            return self.point([*point.picks[: unit[one]], option[one], *point.picks[unit[one] + 1 :]])
+        best, found = np.inf, picks
+        for at in range(len(change)):
+            left = _excess(sums + change[at] + change, wanted)
+            left[unit == unit[at]] = np.inf
+            with_it = int(left.argmin())
+            if left[with_it] < best:
+                best, found = left[with_it], picks.copy()
+                found[unit[with_it]], found[unit[at]] = option[with_it], option[at]
+        return self.point(found.tolist())
 
     def _neighbours(self, point: Point) -> Iterator[Point]:
         for at, unit in enumerate(self.units):
@@ -256,15 +282,26 @@ def undominated(points: Sequence[Point]) -> list[Point]:
 
 def excess(point: Point, wanted: Wanted) -> float:
     """By how much a point misses the limits: the sum of the shares."""
-    found = 0.0
-    if wanted.size_mb is not None:
-        found += max(0.0, point.size_mb / wanted.size_mb - 1)
-    if wanted.decode_tokens_per_s is not None:
-        found += max(0.0, wanted.decode_tokens_per_s / point.decode_tokens_per_s - 1)
-    if wanted.prefill_tokens_per_s is not None:
-        found += max(0.0, wanted.prefill_tokens_per_s / point.prefill_tokens_per_s - 1)
-    if wanted.kld_mean is not None:
-        found += max(0.0, point.kld / wanted.kld_mean - 1)
+    import numpy as np
+
+    sums = point.kld, point.size_mb * 1e6, 1 / point.decode_tokens_per_s, 1 / point.prefill_tokens_per_s
+    return float(_excess(np.array([sums]), wanted)[0])
+
+
+def _excess(sums: np.ndarray, wanted: Wanted) -> np.ndarray:
+    """The same of many choices: (choices, 4) sums of divergence, bytes, and seconds a token."""
+    import numpy as np
+
+    limits = (
+        wanted.kld_mean,
+        None if wanted.size_mb is None else wanted.size_mb * 1e6,
+        None if wanted.decode_tokens_per_s is None else 1 / wanted.decode_tokens_per_s,
+        None if wanted.prefill_tokens_per_s is None else 1 / wanted.prefill_tokens_per_s,
+    )
+    found = np.zeros(len(sums))
+    for kind, limit in enumerate(limits):
+        if limit is not None:
+            found += np.maximum(0.0, sums[:, kind] / limit - 1)
     return found
 
 
@@ -272,8 +309,7 @@ def _worth(point: Point) -> float:
     return point.kld / point.decode_tokens_per_s
 
 
-def _unreachable(points: Sequence[Point], wanted: Wanted) -> InputError:
-    near = min(points, key=lambda point: excess(point, wanted))
+def _unreachable(near: Point, wanted: Wanted) -> InputError:
     limits = {name: value for name, value in vars(wanted).items() if value is not None}
     told = ", ".join(f"{name} {value:g}" for name, value in limits.items())
     return InputError(

@@ -11,10 +11,12 @@ from edgetune.errors import InputError
 from edgetune.export.quantize.auto_choice import Choice, Point
 
 _NUMBERS = ("size_mb", "kld_mean")
+_SPEEDS = {"decode_tokens_per_s": 1, "prefill_tokens_per_s": 0}  # and digits behind the point
 
 
-def front_table(choice: Choice, front: Sequence[Point], picked: Point) -> str:
-    """The front and the point that was picked as plain columns, smallest first."""
+def front_table(choice: Choice, front: Sequence[Point], picked: Point, others: Sequence[dict[str, Any]] = ()) -> str:
+    """The front, the point that was picked, and points that were measured elsewhere (`read_points`) as plain columns,
+    smallest first."""
     labels = list(dict.fromkeys(option.label for unit in choice.units for option in unit.options))
     head = ["", "MB", "KL", "decode/s", "prefill/s", *labels]
     rows = [head]
@@ -31,13 +33,20 @@ def front_table(choice: Choice, front: Sequence[Point], picked: Point) -> str:
                 *(str(chosen.count(label)) for label in labels),
             ]
         )
-    widths = [max(len(row[at]) for row in rows) for at in range(len(head))]
+    for one in others:
+        speeds = [f"{one[name]:.{digits}f}" if name in one else "" for name, digits in _SPEEDS.items()]
+        rows.append(["", f"{one['size_mb']:.1f}", f"{one['kld_mean']:.4f}", *speeds, *[""] * len(labels)])
+    if others:
+        names = ["", *("predicted" for _ in points), *(one["name"] for one in others)]
+        body = [[*row, name] for row, name in zip(rows, names, strict=True)]
+        rows = [body[0], *sorted(body[1:], key=lambda row: float(row[1]))]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
     """Measured points of other artifacts: a JSON list of objects with `name`, `size_mb`, `kld_mean` and perhaps
-    `decode_tokens_per_s`.
+    `decode_tokens_per_s` and `prefill_tokens_per_s`; as `benchmarks/quantization.py` writes it.
 
     Raises:
         InputError: it is another kind of file.
@@ -47,7 +56,7 @@ def read_points(path: Path) -> list[dict[str, Any]]:
         return [
             {
                 "name": str(one["name"]),
-                **{name: float(one[name]) for name in (*_NUMBERS, "decode_tokens_per_s") if one.get(name) is not None},
+                **{name: float(one[name]) for name in (*_NUMBERS, *_SPEEDS) if one.get(name) is not None},
             }
             for one in found
             if all(one.get(name) is not None for name in _NUMBERS)
