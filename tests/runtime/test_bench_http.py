@@ -16,7 +16,7 @@ import pytest
 
 from artifacts import tiny_artifact  # noqa: F401
 from conftest import edgetune
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import EdgetuneError, GateError, InputError
 from edgetune.files import read_json
 from edgetune.recipe import BenchOptions, BenchSection
 from edgetune.runtime.bench import client, http, watch
@@ -25,6 +25,7 @@ from edgetune.runtime.bench.http import bench_url
 from edgetune.runtime.bench.page import as_html
 from edgetune.runtime.bench.report import schema
 from edgetune.runtime.bench.text import table
+from edgetune.runtime.bench.verdict import check
 
 SECTION = BenchSection(prompt_tokens=10, new_tokens=6, warmup=1, repetitions=2)
 MODELS = {"object": "list", "data": [{"id": "m"}]}
@@ -236,16 +237,19 @@ def test_tls_where_there_is_none():
 
 def test_conversations_and_copying():
     with service() as (url, bodies):
-        options = BenchOptions(workloads=("pp4", "tg3", "chat", "copy"))
+        options = BenchOptions(workloads=("pp4", "tg3@d50", "chat", "copy"))
         report = bench_url(url, None, (2,), SECTION.model_copy(update={"warmup": 0}), None, options)
     jsonschema.validate(report, schema(), cls=jsonschema.Draft202012Validator)
     entries = {entry["name"]: entry for entry in report["workloads"]}
-    assert list(entries) == [f"{name}, 2 clients" for name in ("pp4", "tg3", "chat", "copy")]
+    assert list(entries) == [f"{name}, 2 clients" for name in ("pp4", "tg3@d50", "chat", "copy")]
     assert entries["chat, 2 clients"]["requests"] == 2 * 2 * 4 and entries["copy, 2 clients"]["quoted"] == 0
     talks = [body["messages"] for body in bodies if len(body["messages"]) == 7]
     assert [message["role"] for message in talks[0]] == ["user", "assistant"] * 3 + ["user"] and len(talks) == 4
     assert talks[0][1]["content"] == "0 1 2 3 4 5 "
     assert {body["max_tokens"] for body in bodies} == {1, 3, 6}
+    deep = [body["messages"][0]["content"] for body in bodies if body["max_tokens"] == 3]
+    assert {len(text.split()) for text in deep} == {50} and entries["tg3@d50, 2 clients"]["depth"] == 50
+    assert entries["tg3@d50, 2 clients"]["ttft_ms"] is None and entries["pp4, 2 clients"]["ttft_ms"]
     turns = [
         (s["client"], s["turn"]) for s in report["samples"] if s["workload"] == "chat, 2 clients" and s["round"] == 1
     ]
@@ -255,6 +259,17 @@ def test_conversations_and_copying():
 def half_as_fast(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     time.sleep(0.08)
     well(handler, asked)
+
+
+def flaky_once() -> Respond:
+    """Fails at the third request: the first is the warm-up."""
+    seen: list[int] = []
+
+    def respond(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        seen.append(1)
+        (send(handler, 500, {"error": "no"}) if len(seen) == 3 else well(handler, asked))
+
+    return respond
 
 
 def test_two_services_in_turn(tmp_path: Path):
@@ -280,6 +295,10 @@ def test_two_services_in_turn(tmp_path: Path):
         again = compare_url(url, None, str(saved), None, (1,), section, None, options)
         with pytest.raises(InputError, match="is of a service, not of an artifact"):
             compare(tmp_path, saved, section)
+    with service() as (one, _), service(flaky_once()) as (two, _):
+        unsure = compare_url(two, None, one, None, (1,), section, None, options)["comparison"]
+    with pytest.raises(GateError, match=r"1 of 3 requests of m at .* failed"):
+        check(unsure, 0.01)
     found = again["comparison"]
     assert not found["interleaved"] and found["faults"] == [f"copy, 2 clients was measured of {found['baseline']} only"]
 

@@ -32,7 +32,11 @@ def command(
     ] = None,
     depth: Annotated[
         str | None,
-        typer.Option(metavar="N,…", help="Tokens in the context already, for ppN and tgN.", rich_help_panel=_WORK),
+        typer.Option(
+            metavar="N,…",
+            help="Tokens in the context already, for ppN and tgN (with --url: for tgN).",
+            rich_help_panel=_WORK,
+        ),
     ] = None,
     batch: Annotated[
         str | None, typer.Option(metavar="N,…", help="Rows at once, for ppN and tgN.", rich_help_panel=_WORK)
@@ -195,7 +199,7 @@ def command(
     }
     given = _Given(lengths, ways, out)
     if artifact is None:
-        allowed = {"prompts", "workloads"}
+        allowed = {"prompts", "workloads", "depths"}
         _only("--url", {name: value for name, value in ways.items() if name not in allowed})
         _only("a saved report", {"compare_model": compare_model if "://" not in (compare or "://") else None})
         clients = _numbers("--concurrency", concurrency, 1) or (1,)

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Talks:
         """The conversations of one client's round, each a list of turns; clients and rounds count from 0."""
         name = f"{clients} clients, client {client}, round {number}"
         if self.work.kind == "drawn":
-            return [[[{"role": "user", "content": words_prompt(name, max(self.work.prompt, 1))}]]]
+            return [[[{"role": "user", "content": words_prompt(name, max(self.work.prompt, self.work.depth, 1))}]]]
         own = self._own and (self._own[client::clients] or [self._own[client % len(self._own)]])
         return [
             [[{"role": "user", "content": turn}] if isinstance(turn, str) else turn for turn in talk]
@@ -108,30 +108,24 @@ def take_turns(
 
 def _burst(service: Service, asked: Talks, clients: int, rounds: range, shown: progress.Task) -> list[list[Reply]]:
     """So many clients at once, each on its own from round to round. Returns the replies of each round."""
-    done: queue.Queue[tuple[int, Reply | None]] = queue.Queue()  # None: a client's round has ended
+    done: queue.Queue[tuple[int, Reply | None]] = queue.Queue()  # None: a client has ended
     together, stop = threading.Barrier(clients), threading.Event()
 
     def client(index: int) -> None:
         together.wait()
-        for number in rounds:
-            turn = 0
-            for talk in asked.of(index, clients, number):
-                said: Conversation = []
-                for messages in talk:
+        try:
+            for number in rounds:
+                for reply in _asked(service, asked, (index, clients, number)):
+                    done.put((number, reply))
                     if stop.is_set():
                         return
-                    said, turn = [*said, *messages], turn + 1
-                    answer = ask(service, said, asked.new)
-                    done.put((number, Reply(index + 1, turn, said, answer)))
-                    if answer.error:
-                        break
-                    said = [*said, {"role": "assistant", "content": answer.text}]
-            done.put((number, None))
+        finally:
+            done.put((0, None))
 
     found: dict[int, list[Reply]] = {number: [] for number in rounds}
     for index in range(clients):
         threading.Thread(target=client, args=(index,), daemon=True).start()
-    left = clients * len(rounds)
+    left = clients
     try:
         while left:
             number, reply = done.get()
@@ -144,3 +138,17 @@ def _burst(service: Service, asked: Talks, clients: int, rounds: range, shown: p
         stop.set()
     # by client and turn, not in the order of their ends
     return [sorted(part, key=lambda reply: (reply.client, reply.turn)) for part in found.values()]
+
+
+def _asked(service: Service, asked: Talks, which: tuple[int, int, int]) -> Iterator[Reply]:
+    """A client's round, as it goes. A conversation ends with an answer that fails."""
+    turn = 0
+    for talk in asked.of(*which):
+        said: Conversation = []
+        for messages in talk:
+            said, turn = [*said, *messages], turn + 1
+            answer = ask(service, said, asked.new)
+            yield Reply(which[0] + 1, turn, said, answer)
+            if answer.error:
+                break
+            said = [*said, {"role": "assistant", "content": answer.text}]

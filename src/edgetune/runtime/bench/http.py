@@ -58,8 +58,8 @@ def bench_url(
         url, model: see `client.connect`.
         clients: numbers of clients that ask at once, each `section.repetitions` rounds; measured in this order.
         section: words of a prompt (about as many tokens), most tokens of an answer, rounds.
-        options: `workloads`, without depths and batches: of ppN N words are sent, of tgN at most N tokens asked for;
-            `prompts`: your own, which the clients share out in each round.
+        options: `workloads`: of ppN N words are sent, of tgN at most N tokens asked for, with `depths` behind so many
+            words; `prompts`: your own, which the clients share out in each round.
         timeout_s: how long the service may say nothing.
 
     Returns:
@@ -83,13 +83,13 @@ def asked_of_services(clients: Sequence[int], section: BenchSection, options: Be
     for count in clients:
         if not 1 <= count <= _MOST_CLIENTS:
             raise InputError(f"must be 1 to {_MOST_CLIENTS}, not {count}", where="concurrency")
-    depths = (0,) if "standard" in options.workloads else ()
+    depths = options.depths or ((0,) if "standard" in options.workloads else ())
     works = parse(options.workloads, depths, (), options.prompts, section)
-    if any(work.depth for work in works):
+    if any(work.depth and work.prompt for work in works):
         raise InputError(
-            "depths are not for services, which read a prompt as a whole",
+            "a service reads a request as a whole, so reading behind a depth cannot be timed",
             where="workloads",
-            fix="take a longer prompt, such as pp1024",
+            fix="take depths with tgN only, and a longer prompt such as pp1024",
         )
     if any(work.file for work in works):
         read_prompts(Path(str(options.prompts)))  # what is wrong with them is said before anything is asked
@@ -185,7 +185,7 @@ def _name(work: Workload, count: int) -> str:
 
 def _entry(level: Level) -> tuple[dict[str, Any], Rounds]:
     kind = level.work.kind
-    rounds = [[_sample(reply, kind) for reply in part if reply.answer.error is None] for part in level.rounds]
+    rounds = [[_sample(reply, level.work) for reply in part if reply.answer.error is None] for part in level.rounds]
     answers = [reply.answer for part in level.rounds for reply in part]
     good = [answer for answer in answers if answer.error is None]
     failed = [answer.error for answer in answers if answer.error]
@@ -197,7 +197,7 @@ def _entry(level: Level) -> tuple[dict[str, Any], Rounds]:
         "kind": "http" if kind == "drawn" else kind,
         "prompt_tokens": sorted(counts)[len(counts) // 2] if counts else None,
         "new_tokens": lengths[len(lengths) // 2],
-        "depth": 0,
+        "depth": level.work.depth,
         "batch": 1,
         "concurrency": level.clients,
         "rounds": len(rounds),
@@ -223,9 +223,10 @@ def _tokens(answer: Answer) -> int:
     return answer.completion_tokens or len(answer.stamps) or 1
 
 
-def _sample(reply: Reply, kind: str) -> dict[str, Any]:
+def _sample(reply: Reply, work: Workload) -> dict[str, Any]:
     answer = reply.answer
-    first = answer.stamps[0] - answer.sent if answer.stamps else None
+    reads = work.kind != "drawn" or work.prompt  # of tgN, what is read before is not timed
+    first = answer.stamps[0] - answer.sent if answer.stamps and reads else None
     tokens, writing = _tokens(answer), answer.stamps[-1] - answer.stamps[0] if answer.stamps else 0.0
     tpot = writing / (tokens - 1) if tokens > 1 and writing else None
     found = {
@@ -243,7 +244,7 @@ def _sample(reply: Reply, kind: str) -> dict[str, Any]:
         "prompt_sha256": sha256(reply.messages),
         "text_sha256": hashlib.sha256(answer.text.encode()).hexdigest(),
     }
-    if kind == "copy":
+    if work.kind == "copy":
         share = quoted(reply.messages[-1]["content"].split(), answer.text.split())
         found["quoted"] = None if share is None else round(share, 4)
     return found

@@ -14,6 +14,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *_head(report),
         *(_one(entries[0]) if len(entries) == 1 else _several(entries)),
+        *_guessing(report),
         *_device(report),
         ("tokens", f"{report['tokens']:,}, SHA-256 {report['tokens_sha256'][:16]}…"),
         *_scaling(report),
@@ -130,6 +131,13 @@ def _several(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             yield "  p50 / p95 / p99, ms", "; ".join(latencies)
         if apart := _apart(entry):
             yield "  apart", apart
+
+
+def _guessing(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Why nothing was guessed, where copying was measured."""
+    plain = report["target"].get("speculation") == "auto" and not report["device_profile"]
+    if plain and any(entry["kind"] == "copy" for entry in report["workloads"]):
+        yield "guessed ahead", "nothing, without a device profile: `edgetune tune` measures what guessing costs"
 
 
 def _apart(entry: dict[str, Any]) -> str:

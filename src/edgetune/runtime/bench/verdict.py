@@ -49,6 +49,8 @@ def against(report: Report, before: Report, interleaved: bool) -> Report:
             if found := _ratio(report, before, name, speed, interleaved):
                 ratios.append({"workload": name, "what": what, **asdict(found)})
                 verdict.append(at + words(found, what, *names))
+        if entry.get("errors"):
+            faults.append(f"{at}{entry['errors']} of {entry['requests']} requests of {names[0]} failed")
         if _others(report, before, name):
             if _same_run(report, before):
                 faults.append(f"{at}the produced tokens differ, though the files are the same: one answers wrongly")
@@ -66,7 +68,7 @@ def against(report: Report, before: Report, interleaved: bool) -> Report:
         "interleaved": interleaved,
         "ratios": ratios,
         "verdict": verdict,
-        "notes": [*notes, *_differences(report, before)],
+        "notes": [*notes, *_differences(report, before), *_warnings(report, before, names[1])],
         "faults": faults,
         "report": before,
     }
@@ -172,6 +174,11 @@ def _differences(report: Report, before: Report) -> list[str]:
     if before.get("stress") != report["stress"] and bool(before.get("stress")) != bool(report["stress"]):
         found.append("one of them was measured under stress")
     return found
+
+
+def _warnings(report: Report, before: Report, name: str) -> list[str]:
+    """What makes the baseline's numbers doubtful."""
+    return [f"{name}: {text}" for text in before.get("warnings", ()) if text not in report["warnings"]]
 
 
 def check(comparison: dict[str, Any], limit: float) -> None:
