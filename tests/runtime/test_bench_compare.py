@@ -19,6 +19,7 @@ from edgetune.files import write_json
 from edgetune.recipe import BenchOptions, BenchSection
 from edgetune.run import RunFolder
 from edgetune.runtime.bench.compare import compare
+from edgetune.runtime.bench.figures import _rates_at
 from edgetune.runtime.bench.page import as_html
 from edgetune.runtime.bench.plots import Axis, nice_step, number
 from edgetune.runtime.bench.report import quality, read_report, schema, siblings
@@ -240,6 +241,13 @@ def test_quality_speed_size_of_runs_beside(tmp_path: Path, compared: tuple[dict[
 
 def manifest(**said: Any) -> dict[str, Any]:
     return {"format": "edgetune/manifest/1", **said}
+
+
+def test_tokens_that_were_guessed_ahead_share_the_time_of_their_step():
+    sample = {"itl_ms": [40.0, 0.01, 0.01, 0.01, 20.0], "accepted_tokens": 3}
+    assert [round(rate) for _, rate in _rates_at(sample)] == [100, 100, 100, 100, 50]
+    assert [n for n, _ in _rates_at(sample)] == [1, 2, 3, 4, 5]
+    assert _rates_at({"itl_ms": [40.0, 0.0, 20.0]}) == [(1, 25.0), (3, 50.0)]
 
 
 def test_axes_have_round_numbers():

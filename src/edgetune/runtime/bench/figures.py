@@ -11,7 +11,7 @@ from edgetune.runtime.bench.plots import Axis, Plot, binned, legend, number, spa
 
 _WIDE = 8  # times from which on are drawn on a logarithmic axis
 _MOST = 6  # workloads in one plot
-_TOGETHER = 8  # tokens over which a speed is taken where several came at once
+_AT_ONCE = 0.05  # of an answer's mean: a token that came so soon came together with the one before it
 Report = dict[str, Any]
 
 
@@ -121,11 +121,17 @@ def _position(report: Report) -> list[str]:
 
 
 def _rates_at(sample: dict[str, Any]) -> list[tuple[int, float]]:
-    """Tokens/s at each token of an answer; where several came at once, over the last eight."""
+    """Tokens/s at each token of an answer; those that were guessed ahead and came together share the time of their step."""
     times = sample["itl_ms"]
-    size = _TOGETHER if sample.get("accepted_tokens") else 1
-    parts = [(n, times[max(n - size, 0) : n]) for n in range(1, len(times) + 1)]
-    return [(n, 1e3 * len(part) / sum(part)) for n, part in parts if sum(part) > 0]
+    at_once = _AT_ONCE * sum(times) / len(times) if sample.get("accepted_tokens") else 0.0
+    steps: list[list[float]] = []
+    for ms in times:
+        if steps and ms < at_once:
+            steps[-1].append(ms)
+        else:
+            steps.append([ms])
+    rates = [1e3 * len(step) / sum(step) if sum(step) else 0.0 for step in steps for _ in step]
+    return [(n, rate) for n, rate in enumerate(rates, 1) if rate]
 
 
 def _memory(report: Report) -> list[str]:

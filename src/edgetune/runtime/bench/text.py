@@ -223,18 +223,23 @@ def _comparison(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _rate(found: dict[str, Any]) -> str:
-    span = f" (mean {found['ci95'][0]:,.1f} to {found['ci95'][1]:,.1f})" if found["ci95"] else ""
-    return f"{found['p50']:,.1f} tokens/s{span}"
+    return f"{found['p50']:,.1f} tokens/s{_mean(found, 1)}"
 
 
 def _percentiles(found: dict[str, Any], digits: int) -> str:
     shares = ", ".join(f"{name} {found[name]:,.{digits}f} ms" for name in ("p50", "p95", "p99"))
-    span = f" (mean {found['ci95'][0]:,.{digits}f} to {found['ci95'][1]:,.{digits}f})" if found["ci95"] else ""
-    return shares + span
+    return shares + _mean(found, digits)
+
+
+def _mean(found: dict[str, Any], digits: int) -> str:
+    """The interval of a mean; what is measured is never below 0, so of few rounds it is cut there."""
+    if not found["ci95"]:
+        return ""
+    return f" (mean {max(found['ci95'][0], 0):,.{digits}f} to {found['ci95'][1]:,.{digits}f})"
 
 
 def _span(found: dict[str, Any]) -> str:
-    return f"{_short(found['ci95'][0])} to {_short(found['ci95'][1])}" if found["ci95"] else ""
+    return f"{_short(max(found['ci95'][0], 0))} to {_short(found['ci95'][1])}" if found["ci95"] else ""
 
 
 CSV_HEAD = ("workload", "round", "client", "turn", "metric", "token", "value")
