@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from conftest import write_jsonl
 from edgetune.errors import InputError
 from edgetune.export.decoder import export_decoder
 from edgetune.export.graph_reader import Graph
@@ -18,6 +19,9 @@ from edgetune.export.kv_cache import write_scales
 from edgetune.export.quantized import Examples
 from edgetune.export.readers import Weights
 from edgetune.export.targets import Target, load_target
+from edgetune.recipe import ExportSection
+from edgetune.standalone import export_model
+from edgetune.standalone_verify import verify_artifact
 
 
 def rows() -> list[Any]:
@@ -40,6 +44,32 @@ def test_only_where_attention_has_it() -> None:
     assert Target.model_validate({**given, "provider": "cpu"}).calibrates
     with pytest.raises(ValueError, match="goes with the providers cpu and cuda"):
         Target.model_validate({**given, "provider": "webgpu"})
+
+
+def test_a_target_of_ones_own_with_it_passes_the_gate_or_misses_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Per-module bits and the cache, as the README has them; through export, ONNX Runtime GenAI, and the gate."""
+    (tmp_path / "mine.yaml").write_text(
+        "description: x\nneeds: y\nprovider: cpu\nprecision: int8\nkv_cache: int8\n"
+        "quantization:\n  method: min_max\n  bits: 8\n  block_size: 32\n"
+        "  modules: {down_proj: {bits: 8, block_size: 64}, model.layers.0.self_attn.v_proj: {bits: 8, block_size: 16}}\n"
+    )
+    made = [
+        {"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, one two three four five six."}
+        for n in range(16)
+    ]
+    rows = write_jsonl(tmp_path / "rows.jsonl", made)
+    section = ExportSection(target=str(tmp_path / "mine.yaml"), max_length=128)
+    found = export_model(tiny_model, tmp_path / "artifact", section, data=rows)
+    grids = found["quantization"]["grids"]
+    assert sorted(grids.values()) == [1, 2, 12], grids  # v of a layer, down of both, the others with the tied head
+    assert "in 8 bits a number" in (tmp_path / "artifact/README.md").read_text()
+    graph = onnx.load(tmp_path / "artifact/model.onnx", load_external_data=False).graph
+    types = {value.type.tensor_type.elem_type for value in graph.input if value.name.startswith("past_key_values")}
+    assert types == {onnx.TensorProto.INT8}
+    report = verify_artifact(tmp_path / "artifact", tiny_model, rows, 4, {"top1_agreement": 0.8}, None)
+    assert report["passed"] and report["kld_mean"] > 0
+    strict = verify_artifact(tmp_path / "artifact", tiny_model, rows, 4, {"kld_mean": report["kld_mean"] / 2}, None)
+    assert not strict["passed"] and "kld_mean" in strict["failures"][0]
 
 
 def test_it_says_what_the_float_cache_says(tiny_model: Path, tmp_path: Path) -> None:

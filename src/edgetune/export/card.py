@@ -61,7 +61,8 @@ def card(name: str, base: dict[str, Any], target: Target, reports: dict[str, dic
     if export := reports.get("export"):
         lines += [
             f"Context: {export['max_length']} tokens, prompt and answer together (the model's own limit is "
-            f"{export['model_context']}). Memory for the KV cache grows with it.",
+            f"{export['model_context']}). Memory for the KV cache grows with it"
+            + (", in 8 bits a number." if target.kv_cache == "int8" else "."),
             "",
         ]
     lines += [
