@@ -14,6 +14,7 @@ import pytest
 from artifacts import tiny_artifact  # noqa: F401
 from edgetune import runtime
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.runtime.guidance import Guide
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.session import Session
 
@@ -186,3 +187,17 @@ def test_stop_strings_are_refused_beside_a_constraint(session: Session, constrai
     with pytest.raises(InputError, match="what is cut off would not fit") as caught:
         session.generate(ASK, stop=("}",), **constraint)
     assert caught.value.where == "stop" and caught.value.fix
+
+
+def test_json_that_does_not_fit_its_schema_is_an_error(session: Session) -> None:
+    """Whatever guidance let through."""
+    guide = Guide.of(GenerationOptions(json_schema=SCHEMA))
+    assert guide is not None
+    guide.check('{"n": 3, "ok": true}', session.artifact)
+    for text, what in (
+        ('{"n": 1000, "ok": true}', "n is not from"),
+        ('{"n": 3}', "lacks 'ok'"),
+        ('{"n": 3,', "not whole"),
+    ):
+        with pytest.raises(EdgetuneError, match=what):
+            guide.check(text, session.artifact)

@@ -73,10 +73,14 @@ class Guide:
             EdgetuneError: it does not fit.
         """
         if self.kind == "json_schema":
+            from edgetune.runtime.json_schema import misfit
+
             try:
-                json.loads(text)
-            except json.JSONDecodeError as error:
+                found = misfit(json.loads(text), json.loads(self._data))
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise _broken(f"so its JSON is not whole ({error})", artifact) from error
+            if found:
+                raise _broken(f"so the answer does not fit the schema: {found}", artifact)
         elif self.kind == "regex" and not _OTHER_DIALECT.search(self._data):
             with contextlib.suppress(re.error):
                 if not re.fullmatch(self._data, text):
