@@ -140,6 +140,14 @@ def _state(pid: int) -> str:
         return ""
 
 
+def test_a_conversation_beside_busy_processes_finds_nothing_in_the_cache(tiny_artifact: Path):  # noqa: F811
+    section = BenchSection(new_tokens=4, warmup=0, repetitions=1)
+    report = bench(tiny_artifact, section, None, BenchOptions(workloads=("chat",), stress=1, loads=0))
+    assert (
+        report["samples"][0]["turn"] == 1 and report["samples"][0]["cached_tokens"] == 0
+    )  # as in the quiet round before
+
+
 def test_unknown_and_missing_providers(tiny_artifact: Path):  # noqa: F811
     section = BenchSection(prompt_tokens=10, new_tokens=4, warmup=0, repetitions=1)
     with pytest.raises(InputError, match=r"no provider 'gpu'\n.*cpu, cuda"):

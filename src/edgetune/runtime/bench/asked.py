@@ -54,7 +54,7 @@ class Asked:
 
         Of a file, each prompt is asked once in a round.
         """
-        self._work = work
+        self._work, self._last = work, -1
         own = None if work.file is None else prompts.read_prompts(Path(work.file))
         self._rounds = [prompts.talks(work.kind, name, own) for name in prompts.round_names(warmup, repetitions)]
         for number in range(warmup if own else 0):  # other words, which leave nothing of the file's in a cache
@@ -63,8 +63,9 @@ class Asked:
 
     def round(self, number: int) -> list[dict[str, Any]]:
         """A sample for each answer. A conversation ends where the context does."""
-        if self._work.kind == "file":
-            self._session.forget()  # the same prompts were asked in the round before
+        if self._work.kind == "file" or number == self._last:
+            self._session.forget()  # the same prompts were asked just before: a file's each round, and quietly under stress
+        self._last = number
         samples: list[dict[str, Any]] = []
         for talk in self._rounds[number]:
             said: prompts.Conversation = []
