@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from edgetune.chain import describe, of_adapter, of_folder, of_run, of_training
 from edgetune.models import resolve
-from edgetune.recipe import ModelSection, Recipe
+from edgetune.recipe import ExportSection, ModelSection, Recipe
 from edgetune.run import RunFolder, Work, seal
+from edgetune.standalone import export_model
 
 
 def _run(folder: Path, model: Path) -> RunFolder:
@@ -53,6 +56,16 @@ def test_a_merged_folder_keeps_base_licence_and_data(tiny_model: Path, tmp_path:
     # Trained on: the first base stays the base, and both runs' data are told of.
     second = of_training(_run(tmp_path / "second", merged), _recipe(merged), resolve(_recipe(merged).model))
     assert second["base"] == chain["base"] and second["data_files"][:3] == chain["data_files"]
+
+
+def test_an_export_of_a_merged_folder_carries_its_chain(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = {"base": {"id": "org/base", "license": "mit", "sha256": "0"}, "data": "1" * 64, "adapter": "2" * 64}
+    merged, told = _merged(tmp_path / "merged", tiny_model, chain=chain), []
+    monkeypatch.setattr("edgetune.export.package.export", lambda *_, **how: told.append(how["chain"]) or {})
+    export_model(merged, tmp_path / "out", ExportSection(target="cpu-fp32"))
+    assert told == [chain]
 
 
 def test_what_was_changed_or_made_by_others_is_a_base_of_its_own(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgetune.export.card import slower
 from edgetune.run import Result
 from edgetune.train.samples import beginning, ending
 
@@ -49,6 +50,9 @@ def summary(result: Result) -> list[tuple[str, str]]:
         )
     if export := reports.get("export"):
         rows.append(("size on disk", f"{export['size_mb']:,.1f} MB"))
+        if not (device := export.get("device", {"ran": True}))["ran"]:
+            why = "the target" if device["provider"] == "cpu" else f"the provider {device['provider']}"
+            rows.append(("on the device", f"checked, not run: {why} {device['why_not']}"))
     if bench := reports.get("bench"):
         rows.append(
             (
@@ -57,6 +61,7 @@ def summary(result: Result) -> list[tuple[str, str]]:
             )
         )
         rows.append(("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"))
+        rows += [("slower here", said) for said in slower(reports)]
         rows.append(("peak memory", f"{bench['peak_rss_mb']:,.0f} MB while answering"))
     rows.append(("everything lies in", str(result.path)))
     rows.append(("next", next_command(result)))
@@ -67,7 +72,9 @@ def next_command(result: Result) -> str:
     """The command that a person would type now."""
     if result.missed:
         return f"edgetune run {result.recipe} export.target=…"
-    if "export" in result.reports:
+    if export := result.reports.get("export"):
+        if not export.get("device", {"ran": True})["ran"]:  # it is to be taken there
+            return f"edgetune package {result.path / 'artifact'} --zip"
         return f"edgetune chat {result.path / 'artifact'}"
     return f"edgetune run {result.recipe}"
 

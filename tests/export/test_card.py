@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgetune.export.card import card, keep_stamp
+from edgetune.export.card import card, keep_stamp, slower
 from edgetune.export.targets import load_target
 
 BASE = {"id": "tiny", "source": "folder", "revision": None, "license": "mit", "upstream": None, "sha256": "0"}
@@ -46,6 +46,14 @@ def test_what_could_not_be_compiled_or_run_in_place_of_the_device_is_said() -> N
 def test_missed_limits_of_the_export_stand_in_it() -> None:
     reports = {"export": {**export(), "failures": ["size_mb 2 is over 1"]}}
     assert "NOT REACHED: size_mb 2 is over 1" in card("tiny", BASE, load_target("cpu-auto"), reports)
+
+
+def test_a_rate_that_was_asked_for_and_not_measured_is_said() -> None:
+    auto = {"limits": {"decode_tokens_per_s": 120, "prefill_tokens_per_s": 900}}
+    bench = {"decode_tokens_per_s": {"p50": 99.5}, "prefill_tokens_per_s": {"p50": 950.0}}
+    reports = {"export": {"quantization": {"auto": auto}}, "bench": bench}
+    assert slower(reports) == ["decode 99.5 tokens/s, under the 120 that was asked for"]
+    assert slower({"export": {}, "bench": bench}) == slower({}) == []
 
 
 def test_a_new_card_keeps_that_it_was_run_on_the_device() -> None:
