@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import files
-from edgetune.errors import EXTRAS, EdgetuneError, InputError, from_system_error, need, require_extra
+from edgetune.errors import EXTRAS, InputError, from_system_error, need, require_extra
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_name_too_long_is_explained(tmp_path: Path) -> None:
 )
 def test_no_memory_is_explained(error: Exception) -> None:
     explained = from_system_error(error)
-    assert isinstance(explained, EdgetuneError) and explained.exit_code == 1
+    assert isinstance(explained, InputError) and explained.exit_code == 2
     for part in ("not enough memory", "train.batch_size", "data.max_length"):
         assert part in str(explained)
     assert from_system_error(RuntimeError("shape mismatch")) is None

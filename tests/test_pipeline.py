@@ -17,8 +17,10 @@ import pytest
 from conftest import edgetune, write_jsonl
 from edgetune import recipe_file
 from edgetune.errors import InputError
+from edgetune.export import preflight
 from edgetune.files import TMP_PREFIX
 from edgetune.pipeline import Pipeline
+from edgetune.plan import plan
 from edgetune.run import STAGES, Result, RunFolder, read_manifest
 from edgetune.summary import as_json, summary
 
@@ -63,7 +65,7 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(f"{TMP_PREFIX}*")]
 
 
-def test_a_run_and_what_is_redone_after_a_change(project: Path) -> None:
+def test_a_run_and_what_is_redone_after_a_change(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()
     assert redone(first) == list(STAGES)
     told = first.reports
@@ -87,6 +89,14 @@ def test_a_run_and_what_is_redone_after_a_change(project: Path) -> None:
     assert redone(again)[0] == "merge" and "not as it was written" in str(again.done["merge"])
     assert contents(project / "runs/tiny") == before
 
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("this model cannot have this target")
+
+    with monkeypatch.context() as patch:  # an export that is refused leaves the last one whole, and what is said of it
+        patch.setattr(preflight, "preflight", refuse)
+        with pytest.raises(InputError, match="cannot have this target"):
+            run("export.max_length=64")
+    assert redone(run()) == []
     assert redone(run(first="verify")) == ["verify", "bench"]
     assert redone(run(until="merge")) == []
     assert redone(run(until="data", force=True)) == ["data"]
@@ -297,6 +307,42 @@ def test_wrong_input_is_one_message_and_leaves_no_half_run(project: Path, overri
     assert said in failed.stderr and "Traceback" not in failed.stderr and failed.stdout == ""
     assert leftovers(project) == []
     assert not (project / "runs/bad").exists() or (project / "runs/bad/data/manifest.json").is_file()
+
+
+def test_what_cannot_be_exported_is_refused_before_it_is_trained(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the base before anything is done; by the rows as soon as they are counted."""
+    import shutil
+
+    from edgetune.train import trainer
+
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: pytest.fail("it trains"))
+    plain = Path(shutil.copytree(tiny_model, project / "no-template"))
+    (plain / "chat_template.jinja").unlink()
+    write_jsonl(project / "texts.jsonl", [{"text": f"{n} and {n} are {2 * n}."} for n in range(16)])
+    folder = project / "runs/bad"
+    for overrides, said in (
+        ([f"model.id={plain}", "data.train=texts.jsonl"], "no chat template, which every artifact needs"),
+        (["export.target=qnn-npu", "export.max_length=100"], "no multiple of the 64"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run("name=bad", *overrides)
+        assert not folder.exists()
+        planned = plan(recipe_file.load("tiny.yaml", overrides), first=None, until=None, force=False)
+        assert [check["what"] for check in planned["checks"] if said in check["what"] and not check["ok"]]
+        with pytest.raises(pytest.fail.Exception, match="it trains"):
+            run("name=not-exported", *overrides, until="train")
+    for overrides, said in (
+        (["export.target=cpu-int4"], r"data.train: \d+ tokens are too few to calibrate on"),
+        (
+            ["export.target=cpu-int8", "export.heal.steps=2"],
+            r"data.train: 12 rows of \d+ tokens are too few to heal on",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            run("name=bad", *overrides)
+        assert (folder / "data").is_dir() and not (folder / "adapter").exists() and leftovers(project) == []
 
 
 def test_the_second_run_is_quick_and_needs_no_torch(project: Path) -> None:

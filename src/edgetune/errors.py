@@ -41,7 +41,7 @@ class InputError(EdgetuneError):
 
 
 class GateError(EdgetuneError):
-    """The work is done, but a limit was not met (exit 3)."""
+    """The work is done, but what came of it does not meet a limit (exit 3)."""
 
     exit_code = GATE_NOT_PASSED
 
@@ -107,9 +107,7 @@ def from_system_error(error: Exception) -> EdgetuneError | None:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
     ):
-        return EdgetuneError(
-            "not enough memory", fix="lower train.batch_size or data.max_length, or close other programs"
-        )
+        return InputError("not enough memory", fix="lower train.batch_size or data.max_length, or close other programs")
     if not isinstance(error, OSError):
         return None
     if error.errno == errno.ENAMETOOLONG:

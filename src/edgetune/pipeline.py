@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,18 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
-from edgetune.errors import GateError, InputError
+from edgetune.errors import InputError
 from edgetune.files import require_space, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import MANIFEST, STAGES, Result, RunFolder, Work, seal
 from edgetune.runtime.memory import trim
-from edgetune.stage_work import left_out, look_before, runs_on, stage_work, with_target_limits
+from edgetune.stage_inputs import Inputs
+from edgetune.stage_work import (
+    left_out,
+    look_at_base,
+    look_at_rows,
+    look_before,
+    missed,
+    runs_on,
+    stage_work,
+    with_target_limits,
+)
 
 if TYPE_CHECKING:
-    from edgetune.data.render import Encoded
-    from edgetune.export.adapters.read import Adapter
-    from edgetune.export.quantized import Examples
-    from edgetune.export.targets import Target
     from edgetune.models import Base
     from edgetune.train.crew import Crew
     from edgetune.train.trainer import Job
@@ -40,6 +44,8 @@ class Pipeline:
         self.folder = RunFolder(loaded.run_dir)
         self._named = shlex.join([str(loaded.path), *loaded.overrides])
         self._base = base
+        self._inputs = Inputs(self.recipe, self.folder, self.base)
+        self._exports = False  # whether what is trained is exported at once
         self._resume = True
         self._do: dict[str, Callable[[Work], None]] = {
             "data": self._data,
@@ -83,8 +89,9 @@ class Pipeline:
         self._resume = resume and not force
         result = Result(self.folder.path, self._named)
         with self.folder.locked(), self._no_empty_run(), self._held(self.base()):
-            if "export" in wanted:
-                self._require_room()
+            self._exports = "export" in wanted
+            if self._exports:
+                self.preflight(forced=force or first in ("data", "train"))
             for stage in wanted:
                 if stage in ("verify", "bench") and left_out(stage, self.recipe, result.reports["export"]):
                     break
@@ -118,26 +125,14 @@ class Pipeline:
             self._card(result)
         return result
 
-    def _missed(self, stage: str, report: dict[str, Any]) -> GateError | None:
-        """What is said where a stage's result misses limits; None where it keeps them."""
-        from edgetune.export.package import size_error
-        from edgetune.export.verify import gate_error
+    def preflight(self, *, forced: bool = False) -> None:
+        """Refuse a base that cannot be exported as the recipe wants it (InputError), unless it has been trained already.
 
-        artifact = self.folder.output("export")
-        if stage == "export" and report.get("failures"):
-            return size_error(report, artifact)
-        return gate_error(report, artifact) if stage == "verify" and not report["passed"] else None
-
-    def _require_room(self) -> None:
-        """Refuse a run that would train first and then have no memory or disk for the export (InputError)."""
-        from edgetune.export.needs import needs, require_room
-        from edgetune.export.targets import target_of
-        from edgetune.runtime.hardware import total_memory
-
-        if any(self.folder.stale(self.work(stage)) for stage in ("data", "train")):
-            export = self.recipe.export
-            found = needs(self.base().path, target_of(export), steps=export.heal.steps)
-            require_room(found, self.folder.path, memory=total_memory(), before=4 * found.parameters)
+        Args:
+            forced: it is trained again.
+        """
+        if forced or any(self.folder.stale(self.work(stage)) for stage in ("data", "train")):
+            look_at_base(self.recipe, self.base(), self.folder.path)
 
     @contextlib.contextmanager
     def _no_empty_run(self) -> Iterator[None]:
@@ -166,6 +161,8 @@ class Pipeline:
             why = "asked for"
         result.done[stage] = why
         if why:
+            if stage == "train" and self._exports:
+                look_at_rows(self.recipe, result.reports["data"])
             progress.say(f"{stage}: {why}")
             self._do[stage](work)
             gc.collect()
@@ -175,7 +172,7 @@ class Pipeline:
         result.reports[stage] = self.folder.report(stage)
         for warning in result.reports[stage].get("warnings", []) if why and stage != "data" else []:
             progress.say(f"{stage}: warning: {warning}")
-        result.missed = self._missed(stage, result.reports[stage])
+        result.missed = missed(stage, result.reports[stage], self.folder.output("export"))
 
     def work(self, stage: str) -> Work:
         """What `stage` would do now. The stages before it must have been done."""
@@ -200,27 +197,6 @@ class Pipeline:
     def _checkpoints(self) -> Path:
         return self.folder.path / "checkpoints"
 
-    def _tokenizer(self) -> Any:
-        from edgetune.models import load_tokenizer
-
-        model = self.recipe.model
-        return load_tokenizer(
-            self.base().path, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template
-        )
-
-    def _encoded(self, which: str, rows: int | None = None) -> Sequence[Encoded]:
-        """The first `rows` prepared rows, or all of them."""
-        from edgetune.data.batch import encode_file
-        from edgetune.data.render import Renderer
-        from edgetune.models import context_length, stop_ids
-
-        path = self.base().path
-        renderer = Renderer(self._tokenizer(), set(stop_ids(path)))
-        longest = self.recipe.data.max_length or context_length(path)
-        return encode_file(
-            self.folder.output("data") / f"{which}.jsonl", renderer, self.recipe.data.train_on, longest, rows
-        )
-
     def _data(self, work: Work) -> None:
         from edgetune.data.prepare import prepare
         from edgetune.models import context_length, stop_ids
@@ -230,7 +206,7 @@ class Pipeline:
             prepare(
                 self.recipe.data,
                 seed=self.recipe.seed,
-                tokenizer=self._tokenizer(),
+                tokenizer=self._inputs.tokenizer(),
                 context=context_length(path),
                 stop_ids=set(stop_ids(path)),
                 out=out,
@@ -260,7 +236,7 @@ class Pipeline:
                 from edgetune.train import launch
 
                 for which in ("train", "validation"):  # kept by content, so that the processes find them encoded
-                    self._encoded(which)
+                    self._inputs.encoded(which)
                 launch.start(self._crew, self.recipe.train, assignment)
         shutil.rmtree(self._checkpoints)
 
@@ -288,29 +264,24 @@ class Pipeline:
         turn = self.folder.report("data").get("turn")
         return Job(
             base=self.base(),
-            tokenizer=self._tokenizer(),
-            train=self._encoded("train"),
-            validation=self._encoded("validation"),
+            tokenizer=self._inputs.tokenizer(),
+            train=self._inputs.encoded("train"),
+            validation=self._inputs.encoded("validation"),
             seed=self.recipe.seed,
             key=key,
             trust_remote_code=self.recipe.model.trust_remote_code,
-            place=self._place,
+            place=self._inputs.place,
             stop_ids=frozenset([*stop_ids(self.base().path), *([turn["stop_id"]] if turn else [])]),
             name=self.name,
             grids=trained_through(self.recipe),
         )
-
-    def _place(self, row: int) -> str:
-        """Where a training row comes from, as file:line."""
-        with (self.folder.output("data") / "train.jsonl").open(encoding="utf-8") as file:
-            return str(json.loads(next(itertools.islice(file, row, None)))["where"])
 
     def _merge(self, work: Work) -> None:
         from edgetune.chain import of_run
         from edgetune.train.merge import LOSS_ROWS, merge
 
         require_space(self.folder.path, 4 * int(self.folder.report("train")["parameters"]), "the merged model")
-        rows = [row.ids[:512] for row in self._encoded("validation", self.recipe.merge.rows)]
+        rows = [row.ids[:512] for row in self._inputs.encoded("validation", self.recipe.merge.rows)]
         chain = of_run(self.folder, self.recipe, self.base())
         with self._staged("merge", work, chain=chain) as (report, merged):
             merge(
@@ -321,67 +292,47 @@ class Pipeline:
                 trust_remote_code=self.recipe.model.trust_remote_code,
                 report=report,
                 merged=merged,
-                validation=self._encoded("validation", LOSS_ROWS),
+                validation=self._inputs.encoded("validation", LOSS_ROWS),
             )
 
     def _export(self, work: Work) -> None:
         from edgetune.chain import of_run
         from edgetune.export.package import export
+        from edgetune.export.preflight import preflight
         from edgetune.export.targets import target_for
 
         target = target_for(self.recipe)
         chain = of_run(self.folder, self.recipe, self.base())
-        for stage in ("verify", "bench"):  # what they say is about an artifact that is about to go
-            shutil.rmtree(self.folder.output(stage), ignore_errors=True)
         report, artifact = self.folder.folders("export")
         with (
             staged_folder(report) as first,
             staged_folder(artifact) as second,
-            self._exported() as (model, adapters),
+            self._inputs.exported() as (model, adapters),
         ):
+            section, trusted = self.recipe.export, self.recipe.model.trust_remote_code
+            preflight(model, target, section.max_length, second, steps=section.heal.steps, trust_remote_code=trusted)
             export(
                 model,
                 target,
-                self.recipe.export.max_length,
+                section.max_length,
                 name=self.name,
                 chain=chain,
                 work=work,
-                trust_remote_code=self.recipe.model.trust_remote_code,
+                trust_remote_code=trusted,
                 artifact=second,
                 report=first,
-                examples=self._examples(target, work),
+                # another recipe's checkpoints are not gone on from
+                examples=self._inputs.examples(target, self._healing / work.key[:16]),
                 adapters=adapters,
             )
+            for stage in ("verify", "bench"):  # what they say is about an artifact that is about to go
+                shutil.rmtree(self.folder.output(stage), ignore_errors=True)
             seal(first, work)
         shutil.rmtree(self._healing, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _exported(self) -> Iterator[tuple[Path, list[Adapter]]]:
-        """The model whose weights are exported, and the adapters beside it: the merged one alone, or base and adapter."""
-        if self.recipe.export.adapters == "merged":
-            yield self.folder.output("merge"), []
-            return
-        from edgetune.export.adapters.base import adapted_base
-
-        given, trusted = [(self.name, self.folder.output("train"))], self.recipe.model.trust_remote_code
-        with adapted_base(
-            self.base(), given, self.folder.path, onto=self.recipe.merge.onto, trust_remote_code=trusted
-        ) as found:
-            yield found
 
     @property
     def _healing(self) -> Path:
         return self.folder.path / ".healing"
-
-    def _examples(self, target: Target, work: Work) -> Examples:
-        """What the export learns from, and where its repair goes on after a crash."""
-        from edgetune.export.quantized import Examples
-
-        heal = self.recipe.export.heal
-        rows = Examples.wanted(target, heal)
-        kept = self._healing / work.key[:16]  # another recipe's checkpoints are not gone on from
-        kept.mkdir(parents=True, exist_ok=True)
-        return Examples(() if rows == 0 else self._encoded("train", rows), heal, self.recipe.seed, kept)
 
     def _verify(self, work: Work) -> None:
         from edgetune.export.verify import verify
@@ -389,7 +340,7 @@ class Pipeline:
 
         artifact = open_artifact(self.folder.output("export")).path
         with staged_folder(self.folder.output("verify")) as out:
-            rows = self._encoded("validation", self.recipe.verify.rows)
+            rows = self._inputs.encoded("validation", self.recipe.verify.rows)
             trusted = self.recipe.model.trust_remote_code
             told: dict[str, Any] = {}
             if self.recipe.export.adapters == "separate":

@@ -20,6 +20,7 @@ from edgetune.pipeline import Pipeline
 from edgetune.recipe import Recipe
 from edgetune.recipe_file import LoadedRecipe
 from edgetune.run import STAGES
+from edgetune.stage_work import look_at_base, look_at_rows
 from edgetune.train import method, trackers
 from edgetune.train.crew import Crew
 
@@ -46,6 +47,8 @@ def plan(
     installed = _installed(recipe, wanted, checks)
     base = _base(recipe, checks) if installed else None
     tokens = _tokens(recipe, base, checks)
+    if base and "export" in wanted:
+        _exportable(recipe, base, tokens, loaded.run_dir, checks)
     pipeline = Pipeline(loaded, base)
     reasons: dict[str, str | None] = {}
     upstream: str | None = None
@@ -132,6 +135,20 @@ def _base(recipe: Recipe, checks: list[dict[str, Any]]) -> Base | None:
     )
     checks.append({"ok": True, "what": said})
     return base
+
+
+def _exportable(
+    recipe: Recipe, base: Base, tokens: dict[str, int], run_dir: Path, checks: list[dict[str, Any]]
+) -> None:
+    """Whether what is trained can be exported."""
+    try:
+        look_at_base(recipe, base, run_dir)
+        if tokens["rows"]:
+            look_at_rows(recipe, {"rows": {"train": tokens["rows"]}, "tokens": tokens})
+    except EdgetuneError as error:
+        checks.append({"ok": False, "what": f"export: {error}"})
+        return
+    checks.append({"ok": True, "what": f"export: the target {recipe.export.target} can have this model"})
 
 
 def _tokens(recipe: Recipe, base: Base | None, checks: list[dict[str, Any]]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.examine import train_files, validation_files
-from edgetune.errors import InputError, require_extra
+from edgetune.errors import GateError, InputError, require_extra
 from edgetune.files import digest, sha256_file
 from edgetune.run import RunFolder, Work
 
@@ -156,6 +156,47 @@ def look_before(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
     template = recipe.model.chat_template
     if template and not Path(template).is_file():
         raise InputError("no such file", where="model.chat_template", fix=f"check {template}")
+
+
+def look_at_base(recipe: Recipe, base: Base, place: Path) -> None:
+    """Refuse a base that will not be exported as the recipe wants it (InputError), before it is trained.
+
+    Args:
+        recipe: of the run.
+        base: its base model.
+        place: a folder on the disk that the run is written to.
+    """
+    from edgetune.export.preflight import preflight
+    from edgetune.export.targets import target_for
+
+    preflight(
+        base.path,
+        target_for(recipe),
+        recipe.export.max_length,
+        place,
+        steps=recipe.export.heal.steps,
+        before_training=True,
+        chat_template=recipe.model.chat_template,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def look_at_rows(recipe: Recipe, data: dict[str, Any]) -> None:
+    """Refuse training rows that the export cannot calibrate or heal on (InputError), by the data stage's report."""
+    from edgetune.export.preflight import require_rows
+    from edgetune.export.targets import target_for
+
+    require_rows(target_for(recipe), recipe.export.heal.steps, data["rows"]["train"], data["tokens"]["train"])
+
+
+def missed(stage: str, report: dict[str, Any], artifact: Path) -> GateError | None:
+    """What is said where a stage's result misses limits; None where it keeps them."""
+    from edgetune.export.package import size_error
+    from edgetune.export.verify import gate_error
+
+    if stage == "export" and report.get("failures"):
+        return size_error(report, artifact)
+    return gate_error(report, artifact) if stage == "verify" and not report["passed"] else None
 
 
 def with_target_limits(recipe: Recipe) -> Recipe:

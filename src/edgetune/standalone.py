@@ -155,6 +155,7 @@ def export_model(
     from edgetune.export.package import export
     from edgetune.export.plain.kinds import task_of
     from edgetune.export.plain.package import export_plain
+    from edgetune.export.preflight import preflight
     from edgetune.export.quantized import Examples
     from edgetune.export.targets import target_of
     from edgetune.models import resolve
@@ -199,6 +200,7 @@ def export_model(
                 stack.enter_context(lease(folder, "edgetune export"))
             model, beside_it = stack.enter_context(adapted_base(base, given, artifact.parent))
             inputs = {"base": base.digest, "adapters": {adapter.name: adapter.digest for adapter in beside_it}}
+        preflight(model, target, section.max_length, artifact, steps=section.heal.steps)
         found = export(
             model,
             target,
@@ -244,7 +246,8 @@ def _examples(merged: Path, data: Path | None, rows: int | None, heal: HealSecti
         return Examples()
     renderer = Renderer(load_tokenizer(merged), set(stop_ids(merged)))
     most = sys.maxsize if rows is None else rows
-    return Examples(encode_any(data, renderer, "assistant", context_length(merged), most), heal)
+    found = encode_any(data, renderer, "assistant", context_length(merged), most)
+    return Examples(found, heal, where=str(data))
 
 
 def _check_out(out: Path, source: Path, stage: str) -> None:

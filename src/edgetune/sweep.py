@@ -243,7 +243,7 @@ def _prepared(sweep: Sweep, until: str) -> list[Pipeline]:
     from edgetune.pipeline import Pipeline
     from edgetune.train import crew, distributed
 
-    pipelines = []
+    pipelines, wanted = [], STAGES[: STAGES.index(until) + 1]
     for point in sweep.points:
         model = digest(point.loaded.recipe.model.model_dump())
         section = point.loaded.recipe.train
@@ -251,8 +251,10 @@ def _prepared(sweep: Sweep, until: str) -> list[Pipeline]:
         if several:
             distributed.check(section, several.size)
         pipeline = Pipeline(point.loaded, sweep.bases.get(model), several)
-        pipeline.look_before(STAGES[: STAGES.index(until) + 1])
+        pipeline.look_before(wanted)
         sweep.bases[model] = pipeline.base()
+        if "export" in wanted:
+            pipeline.preflight()
         pipelines.append(pipeline)
     return pipelines
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,7 @@ def test_what_cannot_be_exported(tiny_model: Path, tmp_path: Path) -> None:
         GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2)
     ).save_pretrained(unknown)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(unknown)
-    with pytest.raises(InputError, match="cannot export this model"):
+    with pytest.raises(InputError, match="does not know the architecture GPT2LMHeadModel"):
         export_model(unknown, tmp_path / "out", ExportSection(max_length=32))
     plain = Path(shutil.copytree(tiny_model, tmp_path / "no-template"))
     (plain / "chat_template.jinja").unlink()
@@ -180,14 +179,17 @@ def test_what_cannot_be_exported(tiny_model: Path, tmp_path: Path) -> None:
         export_model(tmp_path / "nothing", tmp_path / "out", ExportSection())
 
 
-def test_a_builder_that_dies_is_explained_with_its_last_words(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_builder_that_fails_is_one_message_and_its_log_is_kept(
+    tiny_model: Path, tmp_path: Path, own_home: Path
 ) -> None:
     target = tmp_path / "odd.yaml"
     target.write_text("description: x\nneeds: y\nprovider: cpu\nprecision: int4\noptions: {block_size: 17}\n")
     with pytest.raises(EdgetuneError) as caught:
         export_model(tiny_model, tmp_path / "out", ExportSection(target=str(target)))
-    assert re.search("model builder failed|its last lines", str(caught.value)) and not (tmp_path / "out").exists()
+    assert caught.value.exit_code == 1 and "the model builder failed: " in caught.value.what
+    assert "\n" not in caught.value.what and not (tmp_path / "out").exists()
+    kept = own_home / "logs/builder-out.log"
+    assert str(kept) in str(caught.value.fix) and "Traceback" in kept.read_text()
 
 
 def test_phi3_exports_and_passes(tmp_path: Path) -> None:

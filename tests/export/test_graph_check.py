@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from artifacts import copy_of, seal, tiny_artifact  # noqa: F401
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, GateError, InputError
 from edgetune.export.graph_check import check_graph, check_greedy, check_places
 from edgetune.export.package import _load
 from edgetune.export.targets import Target, load_target
@@ -58,12 +58,18 @@ def test_a_good_graph_is_described(tmp_path: Path) -> None:
         ({"kind": TensorProto.DOUBLE}, {"forbidden_types": ["double"]}, "tensors of the type double"),
         ({"opset": 23}, {"opset": 22}, "opset is 23, newer than 22"),
         ({}, {"domains": ["com.microsoft"]}, "operators of the domain"),
-        ({"op": "Nonsense"}, {}, "ONNX checker says: No Op registered for Nonsense"),
     ],
 )
 def test_what_a_target_forbids(tmp_path: Path, made: dict[str, Any], wanted: dict[str, Any], said: str) -> None:
-    with pytest.raises(EdgetuneError, match=said):
+    with pytest.raises(InputError, match=said):  # the target is one that the model cannot have
         check_graph(graph(tmp_path, **made), rules(**wanted))
+
+
+def test_what_was_made_wrongly_is_a_failure_of_ours(tmp_path: Path) -> None:
+    made = graph(tmp_path, op="Nonsense", kind=TensorProto.DOUBLE)
+    with pytest.raises(EdgetuneError, match=r"No Op registered for Nonsense.*tensors of the type double") as caught:
+        check_graph(made, rules(forbidden_types=["double"]))
+    assert caught.value.exit_code == 1
 
 
 def test_operators_inside_branches_count(tmp_path: Path) -> None:
@@ -249,7 +255,7 @@ def test_a_weight_that_is_another_is_named(tmp_path: Path) -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "/model/layers.0/mlp/up_proj/MatMul")
     file = one_matrix(tmp_path / "m.onnx", node, {"w": right})
     assert compare_weights(merged(tmp_path / "same", right.T), file, "fp32")["worst"]["relative_error"] == 0
-    with pytest.raises(EdgetuneError, match=r"up_proj/MatMul differ .* by 50.0%"):
+    with pytest.raises(GateError, match=r"up_proj/MatMul differ .* by 50.0%, more than the 5.0% that int8 explains"):
         compare_weights(merged(tmp_path / "other", 2 * right.T), file, "int8")
     with pytest.raises(EdgetuneError, match=r"is \(3, 4\), the merged model's is \(4, 3\)"):
         compare_weights(merged(tmp_path / "shape", right), file, "fp32")

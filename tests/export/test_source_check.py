@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from edgetune.errors import InputError
 from edgetune.export import decoder
-from edgetune.export.source_check import check_source
+from edgetune.export.quantize.weights import skeleton
+from edgetune.export.source_check import check_source, check_ties
 from edgetune.recipe import ExportSection
 from edgetune.standalone import export_model
 
@@ -39,9 +40,11 @@ def changed(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_what_is_right_passes(changed: Callable[..., Path], tiny_model: Path) -> None:
-    check_source(tiny_model)
-    folder = changed(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))  # tied, and stored twice
-    check_source(folder)
+    twice = changed(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))  # tied, and stored twice
+    for folder in (tiny_model, twice):
+        model = skeleton(folder)
+        check_ties(folder, model.config)
+        check_source(folder, model)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_what_contradicts_is_refused_before_the_work(
     target: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("write_checkpoint", "_build"):
+    for name in ("write_checkpoint", "build"):
         monkeypatch.setattr(decoder, name, lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(InputError, match=told) as caught:
         export_model(changed(change, **config), tmp_path / "out", ExportSection(target=target))

@@ -77,6 +77,9 @@ def test_static_shapes_are_of_eight_bits(tmp_path: Path) -> None:
     path.write_text("precision: int4\nprovider: qnn\ndescription: x\nneeds: y\nstatic: {prefill: 32}\n")
     with pytest.raises(InputError, match="set precision: int8"):
         load_target(str(path))
+    path.write_text("precision: int8\nprovider: dml\ndescription: x\nneeds: y\nstatic: {prefill: 32}\n")
+    with pytest.raises(InputError, match="goes with the providers cpu, "):
+        load_target(str(path))
 
 
 def test_the_recipe_overrides_the_targets_limits_one_by_one() -> None:
@@ -114,10 +117,17 @@ def test_this_processors_kernels_are_checked_for_targets_that_run_on_it(
 
 
 def test_a_model_whose_heads_do_not_fit(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 60, "num_attention_heads": 5}')
-    require_fit(load_target("cpu-int8"), tmp_path)
-    with pytest.raises(InputError, match="heads have 12 numbers; cuda needs a multiple of 8"):
-        require_fit(load_target("cuda-fp16"), tmp_path)
+    def model(size: int) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 5, "hidden_size": 5 * size}))
+        return tmp_path
+
+    for name in ("cpu-int8", "cuda-fp16", "dml-int4"):
+        require_fit(load_target(name), model(16))
+        with pytest.raises(InputError, match=r"heads have 12 numbers; .* needs a multiple of"):
+            require_fit(load_target(name), model(12))
+    require_fit(load_target("dml-int4"), model(24))
+    with pytest.raises(InputError, match="attention on cpu needs a multiple of 16"):
+        require_fit(load_target("cpu-fp32"), model(24))
     (tmp_path / "config.json").write_text('{"hidden_size": 60, "num_attention_heads": 5, "head_dim": 16}')
     require_fit(load_target("cuda-fp16"), tmp_path)
 

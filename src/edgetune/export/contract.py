@@ -53,7 +53,11 @@ def write_contract(
     """
     tokenizer = load_tokenizer(merged, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
-        raise InputError("the model has no chat template", where=merged, fix="give one: model.chat_template=FILE.jinja")
+        raise InputError(
+            "the model has no chat template, which every artifact needs",
+            where=merged,
+            fix="put one into the model's folder, as chat_template.jinja",
+        )
     (artifact / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     prompts = [found for conversation in CONVERSATIONS if (found := _golden(tokenizer, conversation))]
     write_json(

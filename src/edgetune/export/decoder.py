@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import progress
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import InputError
 from edgetune.export.adapters.graph import add_branches, write_adapter
 from edgetune.export.adapters.read import Adapter
+from edgetune.export.builder import build
 from edgetune.export.contract import write_contract
 from edgetune.export.kv_cache import write_scales
-from edgetune.export.needs import needs, require_room
+from edgetune.export.needs import needs
+from edgetune.export.preflight import require_rows
 from edgetune.export.qdq import to_static
 from edgetune.export.quantize.smooth import Folded
-from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, check_kernels, write_checkpoint
-from edgetune.export.source_check import check_source
-from edgetune.export.targets import Target, require_fit, status_of
+from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
+from edgetune.export.targets import Target
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
 from edgetune.models import context_length, load_config, stop_ids
@@ -49,7 +46,7 @@ def export_decoder(
     """Write the graph, the weights, the tokenizer, the runtime configuration and the chat contract.
 
     Args:
-        merged: transformers folder.
+        merged: transformers folder, which `preflight` found fit.
         target: the device profile.
         max_length: context of the artifact in tokens; capped at the model's own.
         artifact: existing, empty folder; the model card and the manifest are added by the caller.
@@ -64,13 +61,12 @@ def export_decoder(
         What the report says of it: sizes in MB, the context in tokens, seconds, peak memory of the builder in MB.
 
     Raises:
-        InputError: the builder does not know the architecture, or the disk is too small.
+        InputError: too few rows, or the builder cannot export the model, or the disk or the memory was too small.
         EdgetuneError: the builder failed; its log is kept and named.
     """
-    require_fit(target, merged)
-    told = needs(merged, target, steps=examples.heal.steps if examples.heal else 0)
-    require_room(told, artifact)
-    check_source(merged, trust_remote_code=trust_remote_code)
+    steps = examples.heal.steps if examples.heal else 0
+    require_rows(target, steps, len(examples.rows), sum(len(row.ids) for row in examples.rows), where=examples.where)
+    told = needs(merged, target, steps=steps)
     progress.say(f"export: about {progress.clock(told.seconds)} and {told.memory / 1e6:,.0f} MB of memory")
     started = time.monotonic()
     context = context_length(merged)
@@ -84,10 +80,11 @@ def export_decoder(
         target = target.model_copy(update={"options": {**target.options, **scales}})
     if target.quantization:
         peak, more["quantization"] = _quantize_and_build(
-            merged, target, artifact, log, examples, limit, folded, trust_remote_code
+            merged, target, artifact, log, examples, limit, folded, trust_remote_code, name
         )
     else:
-        peak = _build(merged, target, artifact, log, trust_remote_code)
+        peak = build(merged, target, artifact, log, name, trust_remote_code=trust_remote_code)
+    _check_files(merged, artifact)
     if adapters:
         more["adapters"] = _put_adapters(merged, artifact, adapters, folded, trust_remote_code)
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
@@ -110,7 +107,6 @@ def export_decoder(
     words = json.loads((artifact / "tokenizer.json").read_text(encoding="utf-8"))
     write_text(artifact / "tokenizer.json", json.dumps(words, ensure_ascii=False, separators=(",", ":")))
     write_contract(merged, artifact, ids, name, trust_remote_code=trust_remote_code)
-    _check_files(artifact)
     return {
         "precision": target.precision,
         "provider": target.provider,
@@ -133,14 +129,13 @@ def _quantize_and_build(
     context: int,
     folded: Folded,
     trust_remote_code: bool,
+    name: str,
 ) -> tuple[float, dict[str, Any]]:
     """Quantize the weights ourselves, and have the builder make the graph of them."""
     from edgetune.export.quantize.graph import finish
 
     section = target.quantization
     assert section is not None
-    if target.provider == "cpu" and status_of(target).runs:
-        check_kernels(section)
     target = target.model_copy(update={"options": {**BUILDER_OPTIONS, **target.options}})
     with tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}quantized-", dir=artifact.parent) as folder:
         checkpoint = Path(folder)
@@ -154,7 +149,7 @@ def _quantize_and_build(
             folded=folded,
             trust_remote_code=trust_remote_code,
         )
-        peak = _build(checkpoint, target, artifact, log, trust_remote_code)
+        peak = build(checkpoint, target, artifact, log, name, trust_remote_code=trust_remote_code)
         unsigned = section.unsigned or (section.method == "auto" and bool(int8) and kernels.overflows())
         finish(artifact / "model.onnx", checkpoint, int8, context, unsigned=unsigned)
     return peak, found
@@ -187,84 +182,8 @@ def _name_provider(config: dict[str, Any], target: Target) -> None:
         config["search"]["past_present_share_buffer"] = False
 
 
-def _build(merged: Path, target: Target, artifact: Path, log: Path, trust_remote_code: bool) -> float:
-    layers = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers", 1)
-    total = (
-        layers if target.precision in ("fp32", "fp16", "bf16") else 6 * layers + 1
-    )  # the builder quantizes about five matrices a layer
-    cache = tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}builder-", dir=artifact.parent)
-    with cache as folder, progress.task("export", total) as bar:
-        job = {
-            "model": str(merged.absolute()),
-            "out": str(artifact.absolute()),
-            "precision": "fp32" if target.static else target.precision,  # quantized afterwards
-            "provider": "cpu" if target.provider == "cpu" else PROVIDERS[target.provider].builder,
-            "cache": folder,
-            "options": {**target.options, **({"hf_remote": "true"} if trust_remote_code else {})},
-        }
-        with log.open("wb") as out:
-            child = subprocess.Popen(
-                [sys.executable, "-u", "-m", "edgetune.export._builder", json.dumps(job)],
-                stdin=subprocess.PIPE,  # closed when this process dies, which the builder notices
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-            done = 0
-            try:
-                while child.poll() is None:
-                    time.sleep(0.25)
-                    now = min(_steps(log), total)
-                    bar.advance(now - done)
-                    done = now
-            finally:
-                child.kill()  # interrupted: the builder ends with us
-                child.communicate()
-        bar.advance(total - done)
-    text = log.read_text(encoding="utf-8", errors="replace").replace(str(merged.absolute()), merged.name)
-    text = text.replace(str(artifact.absolute()), artifact.name)
-    write_text(log, text)
-    if child.returncode != 0:
-        raise _explain(child.returncode, text, target, artifact)
-    return float(text.rpartition("peak_rss_mb=")[2].split()[0])
-
-
-def _steps(log: Path) -> int:
-    with contextlib.suppress(OSError):
-        text = log.read_bytes()
-        return text.count(b"Reading layer") + text.count(b"complete quantization")
-    return 0
-
-
-def _explain(code: int, log: str, target: Target, artifact: Path) -> EdgetuneError:
-    lines = [line for line in log.replace("\r", "\n").splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    if "No space left on device" in log or shutil.disk_usage(artifact.parent).free < 1_000_000:
-        return InputError(
-            "the disk filled up while exporting; nothing was left half-written",
-            fix="free some space and run it again",
-        )
-    if "is not currently supported" in last or "NotImplementedError" in last:
-        return InputError(
-            f"the model builder cannot export this model: {last}",
-            where="export",
-            fix="choose a model of a supported architecture",
-        )
-    if code in (-9, 137):
-        return EdgetuneError(
-            "the model builder was killed, most likely for want of memory",
-            where="export",
-            fix="close other programs, or use a machine with more memory",
-        )
-    with tempfile.NamedTemporaryFile("w", prefix="edgetune-builder-", suffix=".log", delete=False) as kept:
-        kept.write(log)
-    return EdgetuneError(
-        f"the model builder failed (exit {code}): {last}\n  its last lines:\n    " + "\n    ".join(lines[-12:]),
-        where=f"export, {target.precision}",
-        fix=f"check the target's options; the whole log is {kept.name}",
-    )
-
-
-def _check_files(artifact: Path) -> None:
+def _check_files(merged: Path, artifact: Path) -> None:
+    """Raise InputError unless the builder wrote all that is read from here on."""
     missing = [
         name
         for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -273,8 +192,8 @@ def _check_files(artifact: Path) -> None:
     if not any(artifact.glob("*.onnx")):
         missing.append("its graph")
     if missing:
-        raise EdgetuneError(
-            f"the export lacks {', '.join(missing)}",
-            where=artifact,
-            fix="the model needs a fast tokenizer (tokenizer.json)",
+        raise InputError(
+            f"the model builder made no {', '.join(missing)} of this model",
+            where=merged,
+            fix="give a model that generates text and has a fast tokenizer (tokenizer.json)",
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError, first_line
+from edgetune.errors import EdgetuneError, InputError, first_line
 from edgetune.export.targets import GraphRules, Target
 from edgetune.files import read_json
 
@@ -39,7 +39,9 @@ def check_graph(file: Path, target: Target) -> dict[str, Any]:
         the weights lie in the graph itself), `static` (whether every input's shape is fixed).
 
     Raises:
-        EdgetuneError: the graph is not valid ONNX, or has what the target forbids; all problems, a line each.
+        InputError: the graph is sound, and has what the target forbids.
+        EdgetuneError: it was made wrongly: it is not valid ONNX, its weights lie elsewhere, it names this machine's folders,
+            its shapes are not fixed where they should be. All problems are named, those with the target, too.
     """
     import onnx
 
@@ -49,15 +51,15 @@ def check_graph(file: Path, target: Target) -> dict[str, Any]:
         if isinstance(error, OSError | MemoryError):
             raise
         raise EdgetuneError(f"is not an ONNX graph: {first_line(error)}", where=file.name) from error
-    problems = [
+    broken = [
         *_invalid(model),
         *_external(model, file),
         *_absolute(file),
-        *_against(model, target.graph),
         *(_dynamic(model) if target.static else ()),
     ]
-    if problems:
-        raise EdgetuneError(
+    if problems := [*broken, *_against(model, target.graph)]:
+        kind = EdgetuneError if broken else InputError
+        raise kind(
             f"the graph does not fit the target ({target.provider}): " + "; ".join(dict.fromkeys(problems)),
             where=file.name,
             fix="choose another target or precision; with options of your own in the target file, check those first",

@@ -10,13 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import InputError
 from edgetune.files import write_json
 
 LEAST_TOKENS = 256  # fewer do not show what keys and values may be
 _MOST_ROWS, _MOST_TOKENS = 64, 512
 _QMAX = 128  # int8
 _ROOM = 1.1  # other rows may go a little further than these
+
+
+def require_tokens(tokens: int, where: str = "data.train") -> None:
+    """Raise InputError where calibration rows of so many tokens are too few; `where` is their place."""
+    if tokens < LEAST_TOKENS:
+        raise InputError(
+            f"an int8 KV cache needs at least {LEAST_TOKENS} tokens of calibration rows, not {tokens}",
+            where=where,
+            fix="give more rows, or a target without `kv_cache: int8`",
+        )
 
 
 def write_scales(
@@ -34,8 +44,7 @@ def write_scales(
         The builder's options.
 
     Raises:
-        InputError: too few tokens.
-        EdgetuneError: keys or values are not finite numbers.
+        InputError: too few tokens, or keys or values are not finite numbers.
     """
     import torch
 
@@ -43,12 +52,7 @@ def write_scales(
     from edgetune.models.quiet import quiet
 
     used = [list(row[:_MOST_TOKENS]) for row in rows[:_MOST_ROWS]]
-    if (tokens := sum(map(len, used))) < LEAST_TOKENS:
-        raise InputError(
-            f"an int8 KV cache needs at least {LEAST_TOKENS} tokens of calibration rows, not {tokens}",
-            where="data.train",
-            fix="give more rows, or a target without `kv_cache: int8`",
-        )
+    require_tokens(sum(map(len, used)))
     most: list[list[torch.Tensor]] = []
     with torch.inference_mode(), quiet():
         model = load_model(merged, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
@@ -61,7 +65,11 @@ def write_scales(
                 for old, new in zip(most or found, found, strict=True)
             ]
     if not all(side.isfinite().all() for layer in most for side in layer):
-        raise EdgetuneError("the merged model's keys or values are not finite numbers", fix="train again")
+        raise InputError(
+            "the model's keys or values are not finite numbers",
+            where=merged,
+            fix="copy the model again; if it was trained: train again with a lower train.learning_rate",
+        )
     scales = [[(side * _ROOM / _QMAX).clamp(min=1e-8).tolist() for side in layer] for layer in most]
     keys, values = ([layer[which] for layer in scales] for which in (0, 1))
     write_json(file, {"scales": {"k_scales": keys, "v_scales": values}, "qmax": _QMAX})

@@ -52,18 +52,8 @@ def to_static(folder: Path, shapes: StaticShapes, context: int, rows: Sequence[S
 
     used = [list(row[:MOST_TOKENS]) for row in rows[:MOST_ROWS]]
     tokens = sum(map(len, used))
-    if tokens < LEAST_TOKENS:
-        raise InputError(
-            f"static quantization needs at least {LEAST_TOKENS} tokens of calibration rows, not {tokens}",
-            where="data.train",
-            fix="give more rows, or choose a target without fixed shapes",
-        )
-    if context % shapes.prefill:
-        raise InputError(
-            f"the context of {context} tokens is no multiple of the {shapes.prefill} that are read at once",
-            where="export.max_length",
-            fix=f"set it to {max(1, context // shapes.prefill) * shapes.prefill}",
-        )
+    require_tokens(tokens)
+    require_context(shapes, context)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     quantized = folder / "quantized.onnx"
     _quantize(folder / "model.onnx", quantized, shapes, [*_feeds(used, config)])
@@ -82,6 +72,26 @@ def to_static(folder: Path, shapes: StaticShapes, context: int, rows: Sequence[S
         "calibration_rows": len(used),
         "calibration_tokens": tokens,
     }
+
+
+def require_tokens(tokens: int, where: str = "data.train") -> None:
+    """Raise InputError where calibration rows of so many tokens are too few; `where` is their place."""
+    if tokens < LEAST_TOKENS:
+        raise InputError(
+            f"static quantization needs at least {LEAST_TOKENS} tokens of calibration rows, not {tokens}",
+            where=where,
+            fix="give more rows, or choose a target without fixed shapes",
+        )
+
+
+def require_context(shapes: StaticShapes, context: int) -> None:
+    """Raise InputError where the prompt's pieces do not fill the context (tokens) up."""
+    if context % shapes.prefill:
+        raise InputError(
+            f"the context of {context} tokens is no multiple of the {shapes.prefill} that are read at once",
+            where="export.max_length",
+            fix=f"set it to {max(1, context // shapes.prefill) * shapes.prefill}",
+        )
 
 
 def _feeds(rows: Sequence[list[int]], config: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:

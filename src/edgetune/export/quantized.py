@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded, cut
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import InputError
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.quantize.checkpoint import Checkpoint
 from edgetune.export.quantize.section import QuantizationSection
@@ -40,12 +40,14 @@ class Examples:
         heal: the recipe's `export.heal`; nothing is repaired when None or without steps.
         seed: of what healing draws.
         checkpoints: existing folder that outlives a crash, from which healing goes on; none when None.
+        where: the place of the rows, for a message.
     """
 
     rows: Sequence[Encoded] = ()
     heal: HealSection | None = None
     seed: int = 42
     checkpoints: Path | None = None
+    where: str = "data.train"
 
     @staticmethod
     def wanted(target: Target, heal: HealSection) -> int | None:
@@ -187,7 +189,7 @@ def _heal(
 
 
 def check_kernels(section: QuantizationSection) -> None:
-    """Raise EdgetuneError where this processor, on which the graph is to run, computes a kernel wrong that the target wants.
+    """Raise InputError where this processor, on which the graph is to run, computes a kernel wrong that the target wants.
     `method: auto` leaves such kernels out."""
     from edgetune.runtime.kernels import KERNELS, wrong
 
@@ -198,7 +200,7 @@ def check_kernels(section: QuantizationSection) -> None:
     found = wrong()
     bad = [one.name for one in KERNELS if one.name in found and (one.bits, one.zero_points, one.activations) in wanted]
     if bad:
-        raise EdgetuneError(
+        raise InputError(
             f"this processor and this build of ONNX Runtime compute {bad[0]} wrong, by {found[bad[0]]:.0%}",
             where="export.target",
             fix="update onnxruntime, or use a target without it (zero_points: false, activations: float)",
@@ -208,10 +210,15 @@ def check_kernels(section: QuantizationSection) -> None:
 def _chosen(plan: Plan, rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
     if not plan.calibrated:
         return []
+    require_examples(len(rows))
+    return calibration_rows(rows, tokens)
+
+
+def require_examples(rows: int) -> None:
+    """Raise InputError where a target that calibrates is given no rows."""
     if not rows:
         raise InputError(
             "this target calibrates on examples, and none are given",
             where="export.target",
             fix="give them (`--data FILE`), or choose a target that needs none, such as cpu-int8",
         )
-    return calibration_rows(rows, tokens)

@@ -1,4 +1,4 @@
-"""Whether a model's files are what its configuration says, seen before an export begins.
+"""Whether a model's files are what its configuration says, seen before a run trains and before an export begins.
 
 A loader makes up what is missing and ties what the configuration calls tied, whatever the files hold; both give an artifact
 that talks nonsense.
@@ -7,11 +7,11 @@ that talks nonsense.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import InputError
 from edgetune.export.quantize.plan import EMBEDDING, HEAD
-from edgetune.export.quantize.weights import Weights, skeleton
+from edgetune.export.quantize.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,26 +19,23 @@ if TYPE_CHECKING:
 _FUSED_ON_LOADING = ".experts."  # one tensor for all of them in memory, one each in the files
 
 
-def check_source(merged: Path, *, trust_remote_code: bool = False) -> None:
-    """Compare the weights' names, shapes and ties with config.json, and look at each number.
+def check_source(folder: Path, model: Any) -> None:
+    """Compare the weights' names and shapes with config.json, and look at each number.
 
     Args:
-        merged: transformers folder.
-        trust_remote_code: run code that it brings.
+        folder: transformers folder.
+        model: its `skeleton`.
 
     Raises:
-        InputError: a weight is missing or has another shape, embedding and head are tied in one place only, a number is
-            not finite; transformers does not know the architecture.
+        InputError: a weight is missing or has another shape, or a number is not finite.
     """
-    model = skeleton(merged, trust_remote_code=trust_remote_code)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    with Weights(merged) as weights:
-        _check_ties(weights, model.config)
+    with Weights(folder) as weights:
         for name, shape in wanted.items():
             if name in weights and weights.shape(name) != shape:
                 raise InputError(
                     f"{name} has the shape {weights.shape(name)}, by config.json it has {shape}",
-                    where=merged,
+                    where=folder,
                     fix="copy config.json and weights again from one place",
                 )
         tied = f"{HEAD}.weight" if model.config.get_text_config().tie_word_embeddings else None
@@ -46,30 +43,31 @@ def check_source(merged: Path, *, trust_remote_code: bool = False) -> None:
         if missing and len(missing) < len(wanted) / 2:  # else the files have other names, which transformers translates
             raise InputError(
                 f"the files lack {len(missing)} weights, first {missing[0]}",
-                where=merged,
+                where=folder,
                 fix="copy the model again, whole, or correct config.json",
             )
         for name in weights:
             weights.get(name)
 
 
-def _check_ties(weights: Weights, config: PretrainedConfig) -> None:
+def check_ties(folder: Path, config: PretrainedConfig) -> None:
     """Raise InputError where `tie_word_embeddings` contradicts the files."""
     head, embedding = f"{HEAD}.weight", f"{EMBEDDING}.weight"
-    if embedding not in weights:
-        return
-    if not config.get_text_config().tie_word_embeddings:
-        if head not in weights:
+    with Weights(folder) as weights:
+        if embedding not in weights:
+            return
+        if not config.get_text_config().tie_word_embeddings:
+            if head not in weights:
+                raise InputError(
+                    "config.json says that embedding and head are two matrices (tie_word_embeddings: false), but the files "
+                    f"hold no {head}",
+                    where=folder,
+                    fix="set tie_word_embeddings: true in config.json, or copy the head's file, too",
+                )
+        elif head in weights and not weights.get(head).equal(weights.get(embedding)):
             raise InputError(
-                "config.json says that embedding and head are two matrices (tie_word_embeddings: false), but the files "
-                f"hold no {head}",
-                where=weights.folder,
-                fix="set tie_word_embeddings: true in config.json, or copy the head's file, too",
+                "config.json says that embedding and head are one matrix (tie_word_embeddings: true), but the files hold two "
+                f"that differ: {embedding} and {head}",
+                where=folder,
+                fix="set tie_word_embeddings: false in config.json; or remove the head from the files, if it is out of date",
             )
-    elif head in weights and not weights.get(head).equal(weights.get(embedding)):
-        raise InputError(
-            "config.json says that embedding and head are one matrix (tie_word_embeddings: true), but the files hold two "
-            f"that differ: {embedding} and {head}",
-            where=weights.folder,
-            fix="set tie_word_embeddings: false in config.json; or remove the head from the files, if it is out of date",
-        )

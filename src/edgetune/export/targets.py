@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from edgetune.runtime.hardware import architecture
 from edgetune.runtime.providers import Status, status
 
 Provider = Literal["cpu", "cuda", "dml", "webgpu", "tensorrt-rtx", "openvino", "qnn", "vitisai"]
+# Those for which the model builder writes GroupQueryAttention in float32, which fixed shapes are made from.
+_FIXED = ("cpu", "webgpu", "openvino", "qnn", "vitisai")
 
 
 class GraphRules(Section):
@@ -77,6 +80,8 @@ class Target(Section):
     def _static_needs_int8(self) -> Target:
         if self.static and self.precision != "int8":
             raise ValueError("`static` quantizes weights to 8 bits: set precision: int8")
+        if self.static and self.provider not in _FIXED:
+            raise ValueError(f"`static` goes with the providers {', '.join(_FIXED)}: set one of them")
         return self
 
     @model_validator(mode="after")
@@ -215,17 +220,22 @@ def status_of(target: Target) -> Status:
 
 
 def require_fit(target: Target, merged: Path) -> None:
-    """Raise InputError where the target's provider cannot run the model's attention."""
+    """Raise InputError where the target's provider cannot run the model's attention.
+
+    `GroupQueryAttention` takes heads of a multiple of 8 numbers, of 16 where it turns them by their positions itself, as it does
+    in all graphs of the model builder but DirectML's.
+    """
     found = read_json(merged / "config.json")
     found = found.get("text_config") or found
     heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
     size = found.get("head_dim") or (hidden // heads if heads and hidden else None)
-    multiple = target.graph.head_size_multiple
+    multiple = lcm(target.graph.head_size_multiple, 8 if target.provider == "dml" else 16)
     if size and size % multiple:
         raise InputError(
-            f"its attention heads have {size} numbers; {target.provider} needs a multiple of {multiple}",
-            where=merged,
-            fix="choose a target for the CPU, such as cpu-int8",
+            f"its attention heads have {size} numbers; ONNX Runtime's attention on {target.provider} needs a multiple of "
+            f"{multiple}",
+            where=merged / "config.json",
+            fix="choose another model",
         )
 
 

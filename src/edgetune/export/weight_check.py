@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, GateError
 from edgetune.export.quantize.weights import Weights
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def compare_weights(merged: Path, file: Path, precision: str, smoothed: Collecti
         (‖exported − merged‖ / ‖merged‖).
 
     Raises:
-        EdgetuneError: one has another shape, or differs by more than its precision explains; or nothing could be compared.
+        GateError: a weight differs by more than its precision explains.
+        EdgetuneError: one has another shape, or nothing could be compared.
     """
     changed = {name.rpartition(".self_attn")[0] or name.rpartition(".mlp")[0] for name in smoothed}
     missing: list[str] = []
@@ -83,16 +84,17 @@ def compare_weights(merged: Path, file: Path, precision: str, smoothed: Collecti
     }
 
 
-def _differs(name: str, error: float, precision: str, file: Path) -> EdgetuneError:
-    return EdgetuneError(
-        f"the weights of {name} differ from the merged model's by {error:.1%}, more than {precision} explains",
+def _differs(name: str, error: float, precision: str, file: Path) -> GateError:
+    return GateError(
+        f"the weights of {name} differ from the merged model's by {error:.1%}, more than the {_MOST[precision]:.1%} that "
+        f"{precision} explains; the artifact was not kept",
         where=file.name,
-        fix="choose another precision, and report this model",
+        fix="choose a target of higher precision, and report this model",
     )
 
 
 def _check_vector(vector: np.ndarray, wanted: torch.Tensor, name: str, kind: int, file: Path) -> None:
-    """Raise EdgetuneError where a norm or a bias is another one. Some models' norms lack the 1 that the builder adds."""
+    """Raise GateError where a norm or a bias is another one. Some models' norms lack the 1 that the builder adds."""
     precision = _MOST_OF_TYPE[kind]
     error = _difference(vector, wanted, name, file)
     if name.endswith(".weight"):

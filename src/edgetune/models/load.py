@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import EdgetuneError, InputError, first_line, need
+from edgetune.errors import InputError, first_line, need
 from edgetune.files import read_json
 from edgetune.models.quiet import quiet
 
@@ -104,8 +104,7 @@ def load_model(
         optional: weights whose names begin so may be missing; they are random then.
 
     Raises:
-        InputError: unknown architecture, weights that are missing, of a wrong shape or unreadable.
-        EdgetuneError: not enough memory.
+        InputError: unknown architecture, weights that are missing, of a wrong shape or unreadable, or not enough memory.
     """
     need("torch", "transformers")
     import transformers
@@ -190,7 +189,7 @@ def explained(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{what}: {first_line(error)}", where=path, fix="install what is named") from error
     except RuntimeError as error:
         if "allocate" in str(error):
-            raise EdgetuneError(
+            raise InputError(
                 f"{what}: not enough memory", where=path, fix="close other programs, or take a smaller model"
             ) from error
         raise _input_error(path, what, error) from error

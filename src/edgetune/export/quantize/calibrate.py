@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Keep = Callable[[str, Quantized], None]
 
-_FEWEST = 1_000  # tokens under which a Hessian says too little
+FEWEST = 1_000  # tokens under which a Hessian says too little
 _TIED = 0.03  # of the Hessian's mean diagonal
 _SAMPLE = 1_000  # tokens on which the error of int8 activations is measured
 
@@ -64,10 +64,8 @@ def quantize_model(
     """
     import torch
 
-    if plan.calibrated and sum(map(len, rows)) < _FEWEST:
-        raise InputError(
-            f"{sum(map(len, rows))} tokens are too few to calibrate on", fix=f"give rows of {_FEWEST:,} tokens or more"
-        )
+    if plan.calibrated:
+        require_tokens(sum(map(len, rows)))
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     layers, prefix = decoder_layers(model)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
@@ -88,6 +86,16 @@ def quantize_model(
     return spared
 
 
+def require_tokens(tokens: int, where: str = "data.train") -> None:
+    """Raise InputError where calibration rows of so many tokens are too few; `where` is their place."""
+    if tokens < FEWEST:
+        raise InputError(
+            f"{tokens} tokens are too few to calibrate on",
+            where=where,
+            fix=f"give rows of {FEWEST:,} tokens or more, or choose a target that needs none, such as cpu-int8",
+        )
+
+
 def decoder_layers(model: Any) -> tuple[Any, str]:
     """The list of decoder layers of a transformers model, and its name. Raises InputError when there is none."""
     layers = getattr(model.base_model, "layers", None)
@@ -96,7 +104,7 @@ def decoder_layers(model: Any) -> tuple[Any, str]:
     raise InputError(
         f"cannot export this model: how {type(model).__name__} is built is not known",
         where="export",
-        fix="choose a model of the Llama, Qwen, Phi, Gemma or a like family; or --target cpu-fp32, if the builder knows it",
+        fix="choose a model of the Llama, Qwen, Phi, Gemma or a like family; or the target cpu-fp32, if the builder knows it",
     )
 
 
@@ -382,6 +390,7 @@ def fitted(name: str, grid: Grid, columns: int) -> Grid:
     if not fits:
         raise InputError(
             f"no block size divides the {columns} columns of {name}",
-            fix="export it unquantized: --target cpu-fp32",
+            where="export.target",
+            fix="choose the target cpu-fp32, which leaves it unquantized",
         )
     return replace(grid, block_size=fits[-1])

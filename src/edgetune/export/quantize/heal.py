@@ -78,7 +78,7 @@ def heal(
         InputError: too few rows, or a matrix that the model does not have.
     """
     started = time.monotonic()
-    _check(rows)
+    require_rows(len(rows), sum(len(row.ids) for row in rows))
     with quiet():
         work = _Work(folder, found, rows, section, seed, floats or {}, trust_remote_code)
         kept = _Kept(checkpoints, work.key)
@@ -91,12 +91,13 @@ def heal(
     return Healed({name: matrix.quantized() for name, matrix in work.student.matrices.items()}, report)
 
 
-def _check(rows: Sequence[Encoded]) -> None:
-    tokens = sum(len(row.ids) for row in rows)
-    if len(rows) < _FEWEST_ROWS or tokens < _FEWEST_TOKENS:
+def require_rows(rows: int, tokens: int, where: str = "data.train") -> None:
+    """Raise InputError where so many rows, of so many tokens in all, are too few; `where` is their place."""
+    if rows < _FEWEST_ROWS or tokens < _FEWEST_TOKENS:
         raise InputError(
-            f"{len(rows)} rows of {tokens:,} tokens are too few to heal on",
-            fix=f"give {_FEWEST_ROWS} rows with {_FEWEST_TOKENS:,} tokens or more",
+            f"{rows} rows of {tokens:,} tokens are too few to heal on",
+            where=where,
+            fix=f"give {_FEWEST_ROWS} rows with {_FEWEST_TOKENS:,} tokens or more, or set export.heal.steps: 0",
         )
 
 
@@ -172,7 +173,9 @@ class _Work:
         order = [int(i) for i in draw.permutation(len(rows)) if any(chosen[i].learned[1:])]
         if len(order) < _FEWEST_ROWS:
             raise InputError(
-                f"only {len(order)} rows hold a token that carries loss", fix="give other rows, or positions: all"
+                f"only {len(order)} rows hold a token that carries loss",
+                where="data.train",
+                fix="give other rows, or set export.heal.positions: all",
             )
         held: list[int] = []
         tokens = 0

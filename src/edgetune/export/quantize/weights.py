@@ -34,7 +34,9 @@ class Weights:
             names = ["model.safetensors"]
         for name in names:
             if not (self.folder / name).is_file():
-                raise InputError("the model's weights are missing", where=self.folder / name, fix="merge it again")
+                raise InputError(
+                    "the model's weights are missing", where=self.folder / name, fix="copy or merge it again, whole"
+                )
             with _opened(self.folder / name) as file:
                 self._files.update(dict.fromkeys(file.keys(), self.folder / name))
         return self
@@ -56,11 +58,15 @@ class Weights:
     def get(self, name: str) -> torch.Tensor:
         """One tensor, float32. Raises InputError when the model lacks it or it holds NaN or infinity."""
         if name not in self._files:
-            raise InputError(f"the model has no weight {name}", where=self.folder, fix="merge it again")
+            raise InputError(f"the model has no weight {name}", where=self.folder, fix="copy or merge it again, whole")
         with _opened(self._files[name]) as file:
             found = file.get_tensor(name).float()
         if not found.isfinite().all():
-            raise InputError(f"{name} holds numbers that are not finite", where=self.folder, fix="train again")
+            raise InputError(
+                f"{name} holds numbers that are not finite",
+                where=self.folder,
+                fix="copy the model again; if it was trained: train again with a lower train.learning_rate",
+            )
         tensor: torch.Tensor = found
         return tensor
 
