@@ -256,6 +256,20 @@ def test_conversations_and_copying():
     assert turns == [(client, turn) for client in (1, 2) for turn in (1, 2, 3, 4)]
 
 
+def test_a_conversation_that_fills_the_context_is_no_failure():
+    def small(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        if len(asked["messages"]) > 3:
+            send(handler, 400, {"error": {"message": "the context is full"}})
+        else:
+            well(handler, asked)
+
+    with service(small) as (url, _):
+        report = bench_url(url, None, (1,), SECTION, None, BenchOptions(workloads=("chat",)))
+    entry = report["workloads"][0]
+    assert (entry["requests"], entry["errors"]) == (4, 0)
+    assert report["warnings"][0].startswith("2 conversations ended early") and "full" in report["warnings"][0]
+
+
 def half_as_fast(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     time.sleep(0.08)
     well(handler, asked)

@@ -27,12 +27,14 @@ class Reply:
         client: which of those that asked at once, from 1.
         turn: of the client's round, from 1.
         messages: the whole conversation before it.
+        refused: a later turn that the service did not take, as it does where its context is full: no fault, but an end.
     """
 
     client: int
     turn: int
     messages: Conversation
     answer: Answer
+    refused: bool = False
 
 
 @dataclass
@@ -40,7 +42,8 @@ class Level:
     """One workload, asked for by so many clients at once.
 
     Attributes:
-        rounds: the replies of each round, by client and turn.
+        rounds: the replies of each round, by client and turn, without those that were refused.
+        refused: how the service refused later turns.
         wall_s: seconds in all.
         meter: of `Meter.result`.
     """
@@ -48,6 +51,7 @@ class Level:
     work: Workload
     clients: int
     rounds: list[list[Reply]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     wall_s: float = 0.0
     meter: dict[str, Any] = field(default_factory=dict)
 
@@ -64,12 +68,24 @@ class Talks:
         """The conversations of one client's round, each a list of turns; clients and rounds count from 0."""
         name = f"{clients} clients, client {client}, round {number}"
         if self.work.kind == "drawn":
-            return [[[{"role": "user", "content": words_prompt(name, max(self.work.prompt, self.work.depth, 1))}]]]
+            return [[self._drawn(name)]]
         own = self._own and (self._own[client::clients] or [self._own[client % len(self._own)]])
         return [
             [[{"role": "user", "content": turn}] if isinstance(turn, str) else turn for turn in talk]
             for talk in talks(self.work.kind, name, own)
         ]
+
+    def warmup(self, number: int) -> Conversation:
+        """A prompt like those of the workload, and none of them."""
+        name = f"warm-up {number}"
+        if self.work.kind == "drawn":
+            return self._drawn(name)
+        turn = talks("copy" if self.work.kind == "copy" else "chat", name)[0][0]
+        assert not isinstance(turn, str)
+        return turn
+
+    def _drawn(self, name: str) -> Conversation:
+        return [{"role": "user", "content": words_prompt(name, max(self.work.prompt, self.work.depth, 1))}]
 
     def requests(self, clients: int) -> int:
         """How many a round has at most."""
@@ -95,8 +111,10 @@ def take_turns(
         for index in [*range(first, len(services)), *range(first)]:
             with meters[index].round():
                 start = time.perf_counter()
-                levels[index].rounds += _burst(services[index][0], asked, clients, rounds, shown)
+                came = _burst(services[index][0], asked, clients, rounds, shown)
                 levels[index].wall_s += time.perf_counter() - start
+            levels[index].rounds += [[reply for reply in part if not reply.refused] for part in came]
+            levels[index].refused += [reply.answer.error or "" for part in came for reply in part if reply.refused]
     for (service, pid), level, meter in zip(services, levels, meters, strict=True):
         replies = [reply for part in level.rounds for reply in part]
         if all(reply.answer.error for reply in replies):
@@ -148,7 +166,8 @@ def _asked(service: Service, asked: Talks, which: tuple[int, int, int]) -> Itera
         for messages in talk:
             said, turn = [*said, *messages], turn + 1
             answer = ask(service, said, asked.new)
-            yield Reply(which[0] + 1, turn, said, answer)
+            later = len(said) > len(messages)
+            yield Reply(which[0] + 1, turn, said, answer, later and (answer.error or "").startswith("status 400"))
             if answer.error:
                 break
             said = [*said, {"role": "assistant", "content": answer.text}]

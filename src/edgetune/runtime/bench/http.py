@@ -23,7 +23,7 @@ from edgetune.recipe import BenchOptions, BenchSection
 from edgetune.runtime.bench.burst import Level, Reply, Talks, take_turns
 from edgetune.runtime.bench.client import Answer, Service, ask, checked, connect
 from edgetune.runtime.bench.measure import writable, write
-from edgetune.runtime.bench.prompts import quoted, read_prompts, words_prompt
+from edgetune.runtime.bench.prompts import quoted, read_prompts
 from edgetune.runtime.bench.report import (
     FORMAT,
     cached_share,
@@ -109,7 +109,7 @@ def measured_services(
     counts = list(dict.fromkeys(clients))
     requests = section.repetitions * sum(talks[work].requests(count) for work in works for count in counts)
     with progress.task("bench", total=len(services) * (section.warmup + requests)) as shown:
-        ready = [_warmed(service, section, shown) for service in services]
+        ready = [_warmed(service, talks[works[0]], section, shown) for service in services]
         pids = [_listener(service.base) for service in ready]
         curves = [MemoryCurve(pid) if pid else None for pid in pids]
         levels: list[list[Level]] = [[] for _ in ready]
@@ -127,11 +127,10 @@ def measured_services(
     ]
 
 
-def _warmed(service: Service, section: BenchSection, shown: progress.Task) -> Service:
+def _warmed(service: Service, asked: Talks, section: BenchSection, shown: progress.Task) -> Service:
     """Ask once at least, so that a service that cannot answer is told of before it is measured."""
     for number in range(max(1, section.warmup)):
-        messages = [{"role": "user", "content": words_prompt(f"warm-up {number}", section.prompt_tokens)}]
-        while (other := checked(service, ask(service, messages, section.new_tokens))) is not None:
+        while (other := checked(service, ask(service, asked.warmup(number), asked.new))) is not None:
             service = other
         if section.warmup:
             shown.advance()
@@ -256,6 +255,9 @@ def _notes(answers: Sequence[Answer], levels: Sequence[Level]) -> list[str]:
     if failed := len(answers) - len(good):
         first = next(answer.error for answer in answers if answer.error)
         found.append(f"{failed} of {len(answers)} requests failed, the first with: {first}")
+    if refused := [text for level in levels for text in level.refused]:
+        count = f"{len(refused)} conversation{'s' * (len(refused) > 1)}"
+        found.append(f"{count} ended early, as the service did not take the next turn: {refused[0]}")
     if any(not answer.streamed for answer in good):
         found.append("the service does not stream, so there is no time to first token and none between tokens")
     if any(answer.completion_tokens is None for answer in good):

@@ -191,7 +191,7 @@ def check(comparison: dict[str, Any], limit: float) -> None:
     if said:
         fix = "see what changed, or lower the limit"
         if comparison["faults"]:
-            fix = "measure the same work with the same threads and versions; if that is so, look into what answers wrongly"
+            fix = "measure the same work with the same threads and versions; if that was so, see what went wrong"
         raise GateError("; ".join(said), where="--fail-below", fix=fix)
 
 
