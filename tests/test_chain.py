@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.chain import describe, of_adapter, of_folder, of_run, of_training
+from edgetune.chain import describe, of_adapter, of_adapters, of_folder, of_run, of_training
 from edgetune.models import resolve
 from edgetune.recipe import ExportSection, ModelSection, Recipe
 from edgetune.run import RunFolder, Work, seal
@@ -50,6 +50,10 @@ def test_a_merged_folder_keeps_base_licence_and_data(tiny_model: Path, tmp_path:
     assert str(tmp_path) not in json.dumps(chain)
     base = resolve(_recipe(licensed).model)
     assert of_adapter(tmp_path / "run" / "adapter", base) == chain
+
+    both = of_adapters([tmp_path / "run" / "adapter", _run(tmp_path / "other", licensed).path / "adapter"], base)
+    assert both["base"] == chain["base"] and both["data_files"] == chain["data_files"] and "adapter" not in both
+    assert of_adapters([tmp_path], base) == {"base": describe(base)}
 
     merged = _merged(tmp_path / "merged", tiny_model, chain=chain)
     assert of_folder(resolve(ModelSection(id=str(merged)))) == chain

@@ -4,6 +4,7 @@ carry it, cards and bills of materials tell of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,17 @@ def of_adapter(adapter: Path, base: Base) -> dict[str, Any]:
         return {"base": describe(base)}
     content = {name: entry["sha256"] for name, entry in outputs.items() if name not in NOT_CONTENT}
     return {**known, "adapter": digest(content)}
+
+
+def of_adapters(adapters: Sequence[Path], base: Base) -> dict[str, Any]:
+    """The chain of adapters that stay beside their base: the data of all of them."""
+    found = [of_adapter(adapter, base) for adapter in adapters]
+    data = [one["data"] for one in found if "data" in one]
+    if not data:
+        return {"base": describe(base)}
+    files = [file for one in found for file in one.get("data_files", ())]
+    unlike = [file for at, file in enumerate(files) if file not in files[:at]]
+    return {"base": describe(base), "data": data[0] if len(data) == 1 else digest(data), "data_files": unlike}
 
 
 def of_folder(model: Base) -> dict[str, Any]:

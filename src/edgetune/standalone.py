@@ -149,7 +149,7 @@ def export_model(
     Raises:
         InputError: the model cannot be exported so, or an adapter cannot stay beside it.
     """
-    from edgetune.chain import describe, of_folder
+    from edgetune.chain import of_adapters, of_folder
     from edgetune.export.adapters.base import adapted_base
     from edgetune.export.adapters.read import Adapter, require_separable
     from edgetune.export.package import export
@@ -206,7 +206,7 @@ def export_model(
             target,
             section.max_length,
             name=named,
-            chain={"base": describe(base)} if given else of_folder(base),
+            chain=of_adapters([folder for _, folder in given], base) if given else of_folder(base),
             work=Work("export", inputs, options),
             trust_remote_code=False,
             artifact=artifact,
