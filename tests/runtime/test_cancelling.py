@@ -42,10 +42,9 @@ def test_cancel_from_another_thread(session: Session) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     assert started.wait(10)
-    cancelled = time.perf_counter()
     cancel.set()
     reader.join(10)
-    assert time.perf_counter() - cancelled < 10
+    assert not reader.is_alive()
     last = pieces[-1].completion
     assert last is not None
     assert last.finish_reason == "cancelled"
@@ -79,7 +78,7 @@ def test_a_second_generation_waits_and_can_be_cancelled(session: Session) -> Non
     time.sleep(0.15)
     assert not ended
     give_up.set()
-    threads["gives up"].join(0.2)
+    threads["gives up"].join(10)
     assert ended["gives up"].finish_reason == "cancelled"
     rest = list(first)
     threads["waits"].join(10)
@@ -255,6 +254,14 @@ def test_closed(tiny_artifact: Path) -> None:  # noqa: F811
     for threads in (0, 100_000):  # the latter would take all memory for its threads
         with pytest.raises(InputError, match="threads: must be 1 to"):
             runtime.load(tiny_artifact, threads=threads)
+
+
+def test_closing_from_within(tiny_artifact: Path) -> None:  # noqa: F811
+    with runtime.load(tiny_artifact) as session:
+        answer = session.generate("One two three four. " * 9, on_prefill=lambda *_: session.close())
+        assert (answer.finish_reason, answer.ids) == ("cancelled", ())
+        with pytest.raises(EdgetuneError, match="the session is closed"):
+            session.generate(ASK)
 
 
 def test_closing_ends_a_stream_that_is_half_read(tiny_artifact: Path) -> None:  # noqa: F811

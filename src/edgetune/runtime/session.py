@@ -53,7 +53,8 @@ class Session:
     ) -> None:
         self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
         self._lock, self._closing = threading.Lock(), threading.Event()
-        self._held: weakref.ref[Generator[Piece]] | None = None  # the stream that has the lock
+        self._held: weakref.ref[Any] | None = None  # the stream that has the lock
+        self._holder = 0  # the thread that began it
         started = time.perf_counter()
         loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -76,12 +77,12 @@ class Session:
         self._closing.set()
         while not self._lock.acquire(timeout=_WAIT_S):
             if self._held is not None and (stream := self._held()) is not None:
+                if stream.gi_running and self._holder == threading.get_ident():
+                    return  # from `on_prefill`: the stream ends, and frees the model
                 with contextlib.suppress(ValueError):  # it runs in another thread, and ends by itself
                     stream.close()
         try:
-            if self._tokenizer is not None:
-                self._model = self._tokenizer = None
-                del self._reader, self._template
+            self._free()
         finally:
             self._lock.release()
 
@@ -179,7 +180,7 @@ class Session:
             EdgetuneError: the runtime failed.
         """
         request = self._request(prompt, options_of(options, fields), cancel, tools, on_prefill)
-        own: list[weakref.ref[Generator[Piece]]] = []
+        own: list[weakref.ref[Any]] = []
         found = self._stream(request, own)
         own.append(weakref.ref(found))
         return found
@@ -229,17 +230,30 @@ class Session:
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
         return Request(ids, limit, options, _Either(self._closing, cancel), on_prefill, names, adapter)
 
-    def _stream(self, request: Request, own: list[weakref.ref[Generator[Piece]]]) -> Generator[Piece]:
+    def _stream(self, request: Request, own: list[weakref.ref[Any]]) -> Generator[Piece]:
+        waited = False
         while not self._lock.acquire(timeout=_WAIT_S):
+            waited = True
             if request.cancel.is_set():
                 yield cancelled(request)
                 return
-        self._held = own[0]
+        if waited and self._closing.is_set():
+            self._lock.release()
+            yield cancelled(request)
+            return
+        self._held, self._holder = own[0], threading.get_ident()
         try:
             yield from self._answer(request).pieces()
         finally:
             self._held = None
+            if self._closing.is_set():
+                self._free()
             self._lock.release()
+
+    def _free(self) -> None:
+        if self._tokenizer is not None:
+            self._model = self._tokenizer = None
+            del self._reader, self._template
 
     def _answer(self, request: Request) -> Answer:
         decoder = self._open().create_stream()
@@ -251,7 +265,7 @@ class Session:
         return Vocabulary(self.artifact.path / "tokenizer.json")
 
     def _open(self) -> Any:
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._closing.is_set():
             raise _closed()
         return self._tokenizer
 
