@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,18 @@ def test_a_tie_that_the_weights_contradict_is_told_before_training(tiny_model: P
         look(folder, before_training=True)
 
 
-def test_a_kernel_that_this_processor_computes_wrong(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgetune.runtime import kernels
-
-    monkeypatch.setattr(kernels, "wrong", lambda: {"int4 with zero points": 0.46})
-    look(tiny_model, "cpu-int8", before_training=True)
-    with pytest.raises(InputError, match="compute int4 with zero points wrong, by 46%"):
-        look(tiny_model, "cpu-int4", before_training=True)
+@pytest.mark.parametrize(
+    ("changes", "checked"), [({}, True), ({"provider": "cuda"}, False), ({"architecture": "arm64"}, False)]
+)
+def test_this_processors_kernels_are_checked_for_targets_that_run_on_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], checked: bool
+) -> None:
+    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "x86-64")
+    monkeypatch.setattr("edgetune.runtime.kernels.wrong", lambda: {"int4 with zero points": 0.46})
+    look(tiny_model, "cpu-int8")
+    target = load_target("cpu-int4").model_copy(update=changes)
+    with pytest.raises(InputError, match="wrong, by 46%") if checked else nullcontext():
+        look(tiny_model, target)
 
 
 def test_too_little_memory_or_disk(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +208,7 @@ def test_enough_rows() -> None:
         (1, "x\nOSError: [Errno 28] No space left on device\n", 2, "the disk filled up"),
         (1, "Traceback\nNotImplementedError: The x model is not currently supported.\n", 2, "cannot export this model"),
         (1, "Traceback\n  File\nValueError: block_size must be 16\n", 1, "failed: ValueError: block_size must be 16"),
+        (1, f"RuntimeError: core.cpp {'x' * 999}\n", 1, r"failed: RuntimeError: core.cpp x{200,290}\n"),
         (1, "torch.Error: a\n\nKeyError: 'b'\nSaving\n", 1, "failed: KeyError: 'b'"),
         (-11, "Reading layer 3\r", 1, r"failed: Reading layer 3 \(signal 11\)"),
         (3, "", 1, r"failed: it said nothing \(exit 3\)"),

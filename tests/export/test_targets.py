@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.errors import EdgetuneError, InputError
-from edgetune.export.quantize.smooth import Folded
-from edgetune.export.quantized import NO_EXAMPLES
+from edgetune.errors import InputError
 from edgetune.export.targets import limits_of, load_target, names, require_fit, status_of, with_limits
 from edgetune.recipe import Limits
 from edgetune.runtime.providers import PROVIDERS
@@ -94,26 +92,6 @@ def test_limits_travel_in_the_manifest(tmp_path: Path) -> None:
     work = {"options": {"target": load_target("cuda-fp16").options_of_work()}}
     (tmp_path / "manifest.json").write_text(json.dumps(work))
     assert limits_of(tmp_path).top1_agreement == 0.97
-
-
-@pytest.mark.parametrize(
-    ("changes", "checked"), [({}, True), ({"provider": "cuda"}, False), ({"architecture": "arm64"}, False)]
-)
-def test_this_processors_kernels_are_checked_for_targets_that_run_on_it(
-    changes: dict[str, str], checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from edgetune.export import decoder
-
-    def goes_on(*_: Any, **__: Any) -> None:
-        raise InterruptedError("the checkpoint is written")
-
-    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "x86-64")
-    monkeypatch.setattr("edgetune.runtime.kernels.wrong", lambda: {"int4 with zero points": 0.46})
-    monkeypatch.setattr(decoder, "write_checkpoint", goes_on)
-    target = load_target("cpu-int4").model_copy(update=changes)
-    log = tmp_path / "report" / "builder.log"
-    with pytest.raises(EdgetuneError if checked else InterruptedError, match="wrong, by 46%" if checked else "written"):
-        decoder._quantize_and_build(tmp_path, target, tmp_path / "artifact", log, NO_EXAMPLES, 16, Folded(), False)
 
 
 def test_a_model_whose_heads_do_not_fit(tmp_path: Path) -> None:

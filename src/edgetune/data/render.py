@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 
 _WORD = "edgetuneprobe"
-_OTHER_TEMPLATE = "give another template with `model.chat_template=FILE.jinja`"
+_OTHER_TEMPLATE = (
+    "give another template: `model.chat_template=FILE.jinja` in a recipe, or chat_template.jinja in the model's folder"
+)
 _CHANGE_ROW = f"change the row, or {_OTHER_TEMPLATE}"
 
 # Notes: what is true of a row without being wrong with it.

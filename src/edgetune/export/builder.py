@@ -26,6 +26,7 @@ _SURE = "LlamaForCausalLM"  # of a list that was read right
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt))(?:: (.*))?$", re.MULTILINE)
 _UNKNOWN = ("is not currently supported", "NotImplementedError")
 _NO_MEMORY = ("MemoryError", "DefaultCPUAllocator", "bad_alloc")
+_LONGEST = 300  # characters of a cause: ONNX Runtime's name whole signatures
 _KILLED = (-9, 137)  # by SIGKILL, which is what a system without memory sends
 
 
@@ -168,7 +169,7 @@ def _cause(code: int, log: str) -> str:
     """One line: the error that ended the builder, else how it ended and its last words."""
     if raised := list(_RAISED.finditer(log)):
         kind, words = raised[-1].groups()
-        return f"{kind}: {words}" if words else kind
+        return f"{kind}: {words}"[:_LONGEST] if words else kind
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
     ended = f"signal {-code}" if code < 0 else f"exit {code}"
-    return f"{lines[-1] if lines else 'it said nothing'} ({ended})"
+    return f"{lines[-1][:_LONGEST] if lines else 'it said nothing'} ({ended})"

@@ -139,8 +139,9 @@ def load_target(name: str) -> Target:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=path) from error
     except ValidationError as error:
-        problems = "; ".join(f"`{'.'.join(map(str, p['loc']))}`: {p['msg'].lower()}" for p in error.errors())
-        raise InputError(problems, where=path, fix=f"compare it with {shipped('export') / 'cpu-int8.yaml'}") from error
+        problems = [(".".join(map(str, p["loc"])), p["msg"].removeprefix("Value error, ")) for p in error.errors()]
+        told = "; ".join((f"`{key}`: " if key else "") + what[0].lower() + what[1:] for key, what in problems)
+        raise InputError(told, where=path, fix=f"compare it with {shipped('export') / 'cpu-int8.yaml'}") from error
 
 
 def target_of(section: ExportSection) -> Target:
