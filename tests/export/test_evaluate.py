@@ -58,6 +58,11 @@ def test_both_models_are_scored_alike(
     assert numbers["values"][0] == numbers["values"][1] and numbers["difference_stderr"] == 0.0  # a float32 artifact
     columns, lines = module.table(found)
     assert len(columns) == len(lines[0]) == 6 and found["adapters"] == [None, None]
+    monkeypatch.syspath_prepend(str(ROOT / "tests/models"))
+    from tiny_gguf import write_gguf
+
+    beside = module.evaluate(tiny_model, write_gguf(tiny_model, tmp_path / "m.gguf"), [str(task)], limit=2)
+    assert module.table(beside)[0][3:5] == (tiny_model.name, "m.gguf")
     with pytest.raises(InputError, match="no such task: nowhere"):
         module._load(["nowhere"], None, None)
 
