@@ -10,8 +10,9 @@ import pytest
 
 from edgetune.errors import InputError
 from edgetune.export.targets import limits_of, load_target, names, require_fit, status_of, with_limits
-from edgetune.recipe import Limits
+from edgetune.recipe import Limits, Recipe
 from edgetune.runtime.providers import PROVIDERS
+from edgetune.stage_work import left_out
 
 
 def test_the_shipped_targets_say_what_they_need_what_they_forbid_and_their_limits() -> None:
@@ -92,6 +93,21 @@ def test_limits_travel_in_the_manifest(tmp_path: Path) -> None:
     work = {"options": {"target": load_target("cuda-fp16").options_of_work()}}
     (tmp_path / "manifest.json").write_text(json.dumps(work))
     assert limits_of(tmp_path).top1_agreement == 0.97
+
+
+def test_a_run_for_another_processor_is_compared_here_and_measured_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model": {"id": "m"}, "data": {"train": "t"}, "export": {"target": "mobile-arm64-int4"}}
+    recipe = Recipe.model_validate(given)
+    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "x86-64")
+    why_not = status_of(load_target("mobile-arm64-int4")).note
+    told = {"device": {"provider": "cpu", "ran": False, "ran_on_cpu": True, "why_not": why_not}}
+    assert not left_out("verify", recipe, told) and left_out("bench", recipe, told)
+    said = capsys.readouterr().err
+    assert "bench: left out: the target is for arm64 processors, and this one is x86-64" in said
+    monkeypatch.setattr("edgetune.export.targets.architecture", lambda: "arm64")
+    assert not left_out("bench", recipe, told)
 
 
 def test_a_model_whose_heads_do_not_fit(tmp_path: Path) -> None:
