@@ -207,6 +207,17 @@ def test_bad_input_ends_it_before_any_point(project: Path, items: list[str]) -> 
     assert not list(project.glob("runs/*/*/train"))
 
 
+def test_what_cannot_be_exported_ends_it_before_any_point(project: Path) -> None:
+    for items, said in (
+        (["export.target=qnn-npu", "export.max_length=500", "train.rank=2,4"], "500 tokens is no multiple of the 64"),
+        (["export.heal.steps=2", "train.rank=2,4"], r"data.train: 12 rows of \d+ tokens are too few to heal on"),
+    ):
+        found = sweep.read("tiny.yaml", items)
+        with pytest.raises(InputError, match=said):
+            sweep.run(found, until="export")
+        assert not [point for point in found.points if (point.loaded.run_dir / "adapter").exists()]
+
+
 def test_broken_rows_end_it_before_any_point(project: Path) -> None:
     (project / "broken.jsonl").write_text("{\n")
     found = sweep.read("tiny.yaml", ["data.train=rows.jsonl,broken.jsonl"])

@@ -194,13 +194,21 @@ def export_model(
             }
             plain = export_plain(base.path, task, target, section.max_length, **told, artifact=artifact, data=data)
             return {"path": str(out), **plain}
+        template = given[0][1] / "chat_template.jinja" if given else None  # of the adapters' training
+        preflight(
+            base.path,
+            target,
+            section.max_length,
+            artifact,
+            steps=section.heal.steps,
+            chat_template=str(template) if template and template.is_file() else None,
+        )
         model, beside_it = base.path, list[Adapter]()
         if given:
             for _, folder in given:
                 stack.enter_context(lease(folder, "edgetune export"))
             model, beside_it = stack.enter_context(adapted_base(base, given, artifact.parent))
             inputs = {"base": base.digest, "adapters": {adapter.name: adapter.digest for adapter in beside_it}}
-        preflight(model, target, section.max_length, artifact, steps=section.heal.steps)
         found = export(
             model,
             target,

@@ -26,6 +26,7 @@ from edgetune.errors import EdgetuneError, InputError, first_line, from_system_e
 from edgetune.files import digest, staged_folder, write_json
 from edgetune.recipe_file import LoadedRecipe, load
 from edgetune.run import STAGES, RunFolder, read_manifest
+from edgetune.stage_work import look_at_rows
 from edgetune.sweep_report import as_json, plot, short_keys, shown
 
 if TYPE_CHECKING:
@@ -223,6 +224,8 @@ def run(sweep: Sweep, until: str = "train") -> None:
     pipelines = _prepared(sweep, until)
     with RunFolder(sweep.folder).locked():
         _share_data(pipelines)
+        for pipeline in pipelines if "export" in STAGES[: STAGES.index(until) + 1] else ():
+            look_at_rows(pipeline.recipe, pipeline.folder.report("data"))
         for number, (point, pipeline) in enumerate(zip(sweep.points, pipelines, strict=True), 1):
             progress.say(f"point {number} of {len(pipelines)}: {point.label}")
             try:

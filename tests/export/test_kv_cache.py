@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conftest import write_jsonl
 from edgetune.errors import InputError
@@ -37,6 +39,16 @@ def test_scales_hold_what_the_rows_give(tiny_model: Path, tmp_path: Path) -> Non
     assert all(len(layer) == 2 * 16 and min(layer) > 0 for layer in found["scales"]["v_scales"])
     with pytest.raises(InputError, match="at least 256 tokens of calibration rows, not 2"):
         write_scales(tiny_model, [[1, 2]], tmp_path / "few.json")
+
+
+def test_keys_that_are_no_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"].fill_(3e38)  # a number, but no sum of such is
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="keys or values are not finite numbers") as caught:
+        write_scales(folder, [row.ids for row in rows()], tmp_path / "scales.json")
+    assert caught.value.where == str(folder) and not (tmp_path / "scales.json").exists()
 
 
 def test_only_where_attention_has_it() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgetune.errors import InputError
-from edgetune.export import builder
+from edgetune.export import builder, decoder
 from edgetune.export.builder import architectures, explained
 from edgetune.export.preflight import preflight, require_rows
 from edgetune.export.targets import Target, load_target
@@ -118,7 +118,7 @@ def test_fixed_shapes_need_a_context_of_whole_pieces(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "cure"), [(True, "model.chat_template=FILE.jinja"), (False, "as chat_template.jinja")]
+    ("before", "cure"), [(True, "model.chat_template=FILE.jinja"), (False, "a copy of it, as chat_template.jinja")]
 )
 def test_no_chat_template(tiny_model: Path, tmp_path: Path, before: bool, cure: str) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
@@ -137,6 +137,13 @@ def test_no_fast_tokenizer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "load_tokenizer", lambda *_, **__: object())  # as those that are Python only
     with pytest.raises(InputError, match=r"no fast tokenizer \(tokenizer.json\)"):
         look(tiny_model)
+
+
+def test_what_the_builder_did_not_make_is_told_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"made no tokenizer.json, its graph of this model\n  fix: .*fast tokenizer"):
+        decoder._check_files(tmp_path / "model", tmp_path)
 
 
 def test_a_tie_that_the_weights_contradict_is_told_before_training(tiny_model: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _require_chat(model: Path, chat_template: str | None, before_training: bool,
             where=model,
             fix="give one: model.chat_template=FILE.jinja"
             if before_training
-            else "put one into the model's folder, as chat_template.jinja",
+            else "put one into the model's folder, or a copy of it, as chat_template.jinja",
         )
 
 
