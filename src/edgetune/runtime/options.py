@@ -47,7 +47,7 @@ class GenerationOptions:
         logprobs: report the log-probability of each token of the answer and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the prompt. Nothing of it is reused then; where the graph gives logits of the
             last position only (`prune_lm_head`), it is read token by token, which is slow.
-        reuse: what of an earlier prompt is not read again. `exact`: whole pieces of `Artifact.prefill_tokens` that
+        reuse: what of an earlier prompt is not read again. `exact`: whole pieces (`runtime/prefix.py`) that
             begin both, so that the answer is bit for bit that of a fresh start; `fast`: all that begins both, the
             last answer included, whose rounding may differ; `off`: nothing.
         speculation: guess several tokens ahead from what stands in prompt and answer already, and read them at once,

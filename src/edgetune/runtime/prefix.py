@@ -1,9 +1,9 @@
 """Reading prompts: in pieces, and only what is not known from the prompt before.
 
 Kernels that round whole inputs (DynamicQuantizeMatMul has one scale for all rows of a call) give a position other bits
-when it is read together with other ones, or alone as an answer's tokens are. So prompts are always cut at the same
-places, multiples of a piece's length from the start, and whole pieces are what is reused: what follows then is
-bit for bit what a fresh start gives. What an answer's tokens left behind is reused only where `reuse: fast` allows it.
+when it is read together with other ones, or alone as an answer's tokens are. So prompts that begin alike are cut at the same
+places, and whole pieces are what is reused: what follows then is bit for bit what a fresh start gives. A piece ends with a turn of the
+conversation, unless it is short, or where it has its most tokens; that hangs on its own tokens only, not on what follows. What an answer's tokens left behind is reused only where `reuse: fast` allows it.
 
 A native generator has one constraint, one adapter, and a KV cache that cannot grow. So there is a context for each constraint
 and adapter, of which a few are kept, and a conversation's is made with room for the turns to come.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OnPrefill = Callable[[int, int], None]
 _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat longer prompt finds room
 _MOST_KEPT = 3  # contexts
+_SHORT = 4  # a piece ends with a turn when it has a fourth of its most tokens: short ones cost more a token
 _LEAST_BYTES = 64 << 20  # of KV cache that a conversation may have, however small the model
 _LOOK_S = 0.02  # how often is looked whether to interrupt a native call
 FAILED = "the generation failed"
@@ -50,7 +51,7 @@ class Context:
         key: what it was made for, apart from its size: the constraint and the adapter.
         capacity: tokens that it has room for.
         ids: tokens that it has read.
-        whole: how many of them, from the start, were read in whole pieces.
+        cuts: where the whole pieces end that they begin with.
         cached: how many tokens of the last prompt were not read again.
         once: it is not kept.
         interrupted: the generator is halted, somewhere behind `ids`.
@@ -60,7 +61,7 @@ class Context:
     key: Any
     capacity: int
     ids: list[int] = field(default_factory=list)
-    whole: int = 0
+    cuts: list[int] = field(default_factory=list)
     cached: int = 0
     once: bool = False
     interrupted: bool = False
@@ -97,7 +98,7 @@ class Reader:
         og: the module onnxruntime_genai.
         model: its model.
         artifact: what the model was loaded from.
-        piece: tokens of a prompt that are read at once; as the artifact has it when None.
+        piece: most tokens of a prompt that are read at once; as the artifact has it when None.
 
     Attributes:
         piece: the same.
@@ -112,6 +113,7 @@ class Reader:
         with native("ONNX Runtime cannot load the adapters", artifact):
             self._adapters = load_adapters(og, model, artifact)
         self._guidance_works = False
+        self._turn_ends = frozenset(artifact.stop_ids)
         self._token_bytes = _token_bytes(artifact)
         self._model_bytes = max(int(artifact.size_mb * 1e6), _LEAST_BYTES)
         self._kept: list[Context] = []  # the one used last is the last
@@ -153,7 +155,8 @@ class Reader:
             self._kept.remove(kept)  # it comes back when all went well
             known = self._known(kept, ids, reuse)
             if kept.capacity >= need and self._rewound(kept, known):
-                return Context(kept.generator, key, kept.capacity, ids[:known], min(kept.whole, known), known)
+                cuts = [cut for cut in kept.cuts if cut <= known]
+                return Context(kept.generator, key, kept.capacity, ids[:known], cuts, known)
             outgrown = kept.capacity if known else 0
             kept = None  # frees its memory before more is taken
         capacity = self._capacity(need, outgrown, room=not once and guide is None)
@@ -218,12 +221,13 @@ class Reader:
         self, context: Context, ids: list[int], size: int, cancel: Cancel, on_prefill: OnPrefill | None
     ) -> Iterator[int]:
         while (start := len(context.ids)) < len(ids) and not cancel.is_set():
-            end = min(start // size * size + size, len(ids))
+            cut = self._cut(ids, start, size)
+            end = min(cut, len(ids))
             with native(FAILED, self._artifact):
                 context.generator.append_tokens(ids[start:end])
             context.ids += ids[start:end]
-            if context.whole == start and end - start == self.piece:
-                context.whole = end
+            if end == cut and size == self.piece and start == (context.cuts or [0])[-1]:
+                context.cuts.append(end)
             if on_prefill:
                 on_prefill(end, len(ids))
             yield start
@@ -232,8 +236,21 @@ class Reader:
         """How many tokens need not be read again."""
         most = min(len(kept.ids), len(ids) - 1)  # the last token is read in any case: its logits are needed
         common = next((i for i in range(most) if kept.ids[i] != ids[i]), most)
-        size = self.piece
-        return common if reuse == "fast" else min(common, kept.whole) // size * size
+        return common if reuse == "fast" else max((cut for cut in kept.cuts if cut <= common), default=0)
+
+    def whole(self, ids: list[int]) -> int:
+        """How many tokens the whole pieces have that a prompt begins with."""
+        end = 0
+        while (cut := self._cut(ids, end, self.piece)) <= len(ids):
+            end = cut
+        return end
+
+    def _cut(self, ids: list[int], start: int, size: int) -> int:
+        """Where the piece ends that begins at `start`; behind the prompt's end where that cuts it off."""
+        for end in range(start + max(size // _SHORT, 1), min(start + size, len(ids) + 1)):
+            if ids[end - 1] in self._turn_ends:
+                return end
+        return start + size
 
     def _generator(self, capacity: int, guide: Guide | None) -> Any:
         with native(FAILED, self._artifact):

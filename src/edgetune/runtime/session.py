@@ -100,8 +100,8 @@ class Session:
     ) -> int:
         """Read ahead: a system prompt that conversations will begin with, or an answer that a next turn will follow.
 
-        Whole pieces (`Artifact.prefill_tokens`, or the device profile's) are read, and kept for the prompts that follow,
-        as long as these begin with them and have the same adapter on.
+        Whole pieces are read, up to the end of a turn, and kept for the prompts that follow and begin with them, under the same
+        adapter.
 
         Returns:
             How many tokens are known now.
@@ -112,7 +112,7 @@ class Session:
         request = self._request(prompt, GenerationOptions(adapter=adapter), None, tools, None)
         with self._lock:
             self._open()
-            whole = len(request.ids) // self._reader.piece * self._reader.piece
+            whole = self._reader.whole(request.ids)
             context = self._reader.begin(request.ids, request.limit, None, request.options.reuse, request.adapter)
             with contextlib.suppress(Interrupted), context.interruptible(request.cancel):
                 self._reader.read(context, request.ids[:whole], request.cancel)
