@@ -11,7 +11,7 @@ import pytest
 from conftest import write_jsonl
 from edgetune.errors import InputError
 from edgetune.runtime.conversation import Conversation
-from edgetune.runtime.prompt import read_prompt, read_schema
+from edgetune.runtime.prompt import read_prompt, read_schema, read_system
 from edgetune.runtime.terminal import after_enter, piped_turns, printable, unquoted
 
 
@@ -136,3 +136,12 @@ def test_schema_from_file_or_text(tmp_path: Path) -> None:
                         (str(tmp_path / "x.json"), "no such file")):  # fmt: skip
         with pytest.raises(InputError, match=what):
             read_schema(value)
+
+
+def test_a_system_prompt_is_a_file_or_the_text_itself(tmp_path: Path) -> None:
+    (tmp_path / "rules.txt").write_text("You are brief.\n")
+    assert read_system(str(tmp_path / "rules.txt")) == "You are brief."
+    for text in ("You are brief.", "x" * 5000, "Two\nlines."):
+        assert read_system(text) == text
+    with pytest.raises(InputError, match="the prompt is empty"):
+        read_system(" ")
