@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -158,7 +158,7 @@ class Session:
         tools: Sequence[dict[str, Any]] = (),
         on_prefill: OnPrefill | None = None,
         **fields: Unpack[OptionFields],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Generate an answer, a piece a token.
 
         The prompt is checked at once; the work begins with the first piece. A generation that another one is

@@ -97,7 +97,7 @@ class Asked:
         stream = session.stream(prompt, options, on_prefill=on_prefill)  # renders and encodes at once
         begun = time.perf_counter()
         stamps, tokens, done = [], [], None
-        with contextlib.closing(stream):  # type: ignore[type-var]
+        with contextlib.closing(stream):
             for piece in stream:
                 # Several tokens that come together came at one time.
                 stamps += [time.perf_counter()] * len(piece.ids)

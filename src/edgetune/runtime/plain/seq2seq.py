@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -72,7 +72,7 @@ class Seq2Seq:
         options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
         **fields: Unpack[OptionFields],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Generate an answer, a piece a token. The text is checked at once, the work begins with the first piece.
 
         Args:
@@ -142,7 +142,7 @@ class Seq2Seq:
             logits[list(description.suppressed)] = -np.inf
         return int(logits.argmax())
 
-    def _answer(self, ids: list[int], limit: int, stops: Sequence[str], cancel: threading.Event) -> Iterator[Piece]:
+    def _answer(self, ids: list[int], limit: int, stops: Sequence[str], cancel: threading.Event) -> Generator[Piece]:
         started, decoder, words = time.perf_counter(), self._tokens.stream(), StopFilter(stops)
         made: list[int] = []
         text: list[str] = []
