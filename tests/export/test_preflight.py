@@ -131,6 +131,15 @@ def test_no_chat_template(tiny_model: Path, tmp_path: Path, before: bool, cure: 
     look(folder, before_training=before)
 
 
+def test_a_model_that_does_not_say_how_an_answer_ends(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token_id"}))
+    with pytest.raises(InputError, match="the id of the token that ends an answer"):
+        look(folder)
+
+
 def test_no_fast_tokenizer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgetune.export import preflight as module
 

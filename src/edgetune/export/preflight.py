@@ -16,7 +16,7 @@ from edgetune.export.quantized import check_kernels, require_examples
 from edgetune.export.source_check import check_source, check_ties
 from edgetune.export.targets import Target, require_fit, status_of
 from edgetune.files import read_json
-from edgetune.models import context_length, load_tokenizer
+from edgetune.models import context_length, load_tokenizer, stop_ids
 from edgetune.runtime.hardware import total_memory
 
 
@@ -46,14 +46,16 @@ def preflight(
 
     Raises:
         InputError: the model builder does not know the architecture, heads or matrices do not fit the target, the context
-            does not fit its fixed shapes, tokenizer or chat template are missing, config.json contradicts the weights,
-            this processor computes the target's products wrong, or there is too little memory or disk.
+            does not fit its fixed shapes, nothing says how long it is or which tokens end an answer, tokenizer or chat
+            template are missing, config.json contradicts the weights, this processor computes the target's products wrong, or there is too little memory or disk.
     """
     built = skeleton(model, trust_remote_code=trust_remote_code)
     _require_known(model, built, before_training)
     require_fit(target, model)
+    limit = min(max_length, context_length(model))
     if target.static:
-        qdq.require_context(target.static, min(max_length, context_length(model)))
+        qdq.require_context(target.static, limit)
+    stop_ids(model)
     _require_chat(model, chat_template, before_training, trust_remote_code)
     if target.quantization:
         _require_blocks(built, target.quantization.plan())
