@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -199,7 +200,11 @@ def test_an_interrupted_generator_goes_on(session: Session) -> None:
     assert (one.get_logits() == other.get_logits()).all()
 
 
-def test_errors_of_the_c_interface(session: Session) -> None:
+def test_errors_of_the_c_interface(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capi, "_NAMES", {sys.platform: "missing.so"})
+    with pytest.raises(EdgetuneError, match="library does not load") as caught:
+        capi._Library()
+    assert str(caught.value.where).endswith("missing.so") and caught.value.fix
     with pytest.raises(RuntimeError, match="nowhere"):
         capi.Config("nowhere")
     params = capi.GeneratorParams(session._model)

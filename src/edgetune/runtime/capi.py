@@ -20,6 +20,7 @@ from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_int32, c
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.errors import EdgetuneError
 from edgetune.runtime import genai
 
 if TYPE_CHECKING:
@@ -55,7 +56,14 @@ class _Library:
     def __init__(self) -> None:
         package = genai().__file__
         path = str(Path(package).parent / _NAMES.get(sys.platform, "libonnxruntime-genai.so"))
-        self.fast, self.slow = ctypes.PyDLL(path), ctypes.CDLL(path)
+        try:
+            self.fast, self.slow = ctypes.PyDLL(path), ctypes.CDLL(path)
+        except OSError as error:
+            raise EdgetuneError(
+                f"onnxruntime-genai's library does not load: {error}",
+                where=path,
+                fix="`pip install --force-reinstall onnxruntime-genai`; `edgetune doctor` checks the installation",
+            ) from error
         for name, gives in _GIVES.items():
             getattr(self.fast, name).restype = gives
 
