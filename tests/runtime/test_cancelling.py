@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 import threading
@@ -198,6 +199,22 @@ def test_an_interrupted_generator_goes_on(session: Session) -> None:
     other.rewind_to(len(ids) - 2)
     other.append_tokens(ids[-2:])
     assert (one.get_logits() == other.get_logits()).all()
+
+
+def test_what_takes_time_gives_pythons_lock_away(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, calls = capi._library(), set[tuple[str, bool]]()
+    assert isinstance(library.fast, ctypes.PyDLL) and not isinstance(library.slow, ctypes.PyDLL)
+    real = capi._Library.call
+
+    def call(self: Any, name: str, *given: Any, slow: bool = False) -> None:
+        calls.add((name.removeprefix("OgaGenerator_"), slow))
+        real(self, name, *given, slow=slow)
+
+    monkeypatch.setattr(capi._Library, "call", call)
+    session.generate(ASK, max_tokens=4, temperature=1.0, reuse="off")
+    slow = {name for name, gives in calls if gives}
+    assert slow == {"OgaCreateGenerator", "AppendTokens", "GenerateNextToken", "GetLogits"}
+    assert not slow & {name for name, gives in calls if not gives}
 
 
 def test_errors_of_the_c_interface(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
