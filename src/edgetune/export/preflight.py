@@ -47,7 +47,8 @@ def preflight(
     Raises:
         InputError: the model builder does not know the architecture, heads or matrices do not fit the target, the context
             does not fit its fixed shapes, nothing says how long it is or which tokens end an answer, tokenizer or chat
-            template are missing, config.json contradicts the weights, this processor computes the target's products wrong, or there is too little memory or disk.
+            template are missing, config.json contradicts the weights, this processor computes the target's products wrong,
+            or there is too little memory or disk.
     """
     built = skeleton(model, trust_remote_code=trust_remote_code)
     _require_known(model, built, before_training)
