@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded
-from edgetune.export.quantize.auto_trial import FLOAT, Change, Trial
+from edgetune.export.quantize.auto_trial import Change, Trial
 from edgetune.export.quantize.calibrate import decoder_layers, embed, enter, fitted, head_hessian
 from edgetune.export.quantize.gptq import factor, gptq
 from edgetune.export.quantize.grid import Grid
@@ -119,7 +119,9 @@ class _Walk:
 
     def start(self, rows: Sequence[Sequence[int]]) -> None:
         """Read what is not a layer, run all rows up to the first one, and the held-out ones to the end."""
-        self._calibration = embed(self._model, self._layers, self._weights, FLOAT, rows, None)
+        self._calibration = embed(
+            self._model, self._layers, self._weights, self._weights.get(f"{EMBEDDING}.weight"), rows
+        )
         self._fill_ends()
         self._states = enter(self._model, self._layers, self._ids)
         hidden = [one[None] for one in self._states.hidden]

@@ -71,7 +71,24 @@ def quantize_model(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        states = embed(model, layers, weights, plan, rows if plan.calibrated else (), None if tied else keep)
+        first = rows if plan.calibrated else ()
+        embedding = f"{EMBEDDING}.weight"
+        exact = weights.get(embedding)
+        if tied:
+            states = embed(model, layers, weights, exact, first) if plan.method == "gptq" else States()
+            for number, layer in enumerate(layers if states.hidden else ()):
+                weights.fill(layer, f"{prefix}.{number}")
+                states.run(layer, number)
+                empty(layer)
+            found = _head(model, weights, plan, states, tied)
+            keep(HEAD, found)
+        else:
+            found = _rounded(exact, fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1]), plan)
+            keep(EMBEDDING, found)
+        states = embed(model, layers, weights, found.dequantize(), first)
+        if plan.method == "gptq":
+            states.exact = embed(model, layers, weights, exact, first).hidden
+        del exact, found
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
@@ -81,7 +98,8 @@ def quantize_model(
             empty(layer)
             layer_done()
             bar.advance(1)
-        _head(model, weights, plan, states, keep, tied)
+        if not tied:
+            keep(HEAD, _head(model, weights, plan, states, tied))
         layer_done()
     return spared
 
@@ -113,38 +131,34 @@ class States:
 
     def __init__(self) -> None:
         self.hidden: list[torch.Tensor] = []
+        self.exact: list[torch.Tensor] = []  # what they were if nothing had been rounded
         self.extra: list[list[dict[str, Any]]] = []  # by row, then by layer; the same tensors, not copies
 
     def run(self, layer: Any, number: int) -> None:
         """Send every row through a layer."""
-        for i, hidden in enumerate(self.hidden):
-            out = layer(hidden, **self.extra[i][number])
-            self.hidden[i] = out[0] if isinstance(out, tuple) else out
+        self.hidden = [self.one(layer, number, i, hidden) for i, hidden in enumerate(self.hidden)]
+
+    def one(self, layer: Any, number: int, row: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Send hidden states of one row through a layer."""
+        out = layer(hidden, **self.extra[row][number])
+        return out[0] if isinstance(out, tuple) else out
 
 
 def embed(
-    model: Any, layers: Any, weights: Weights, plan: Plan, rows: Sequence[Sequence[int]], keep: Keep | None
+    model: Any, layers: Any, weights: Weights, embedding: torch.Tensor, rows: Sequence[Sequence[int]]
 ) -> States:
-    """Quantize the embedding, and run the rows up to the first layer. A tied one (no `keep`) is left for the head."""
+    """Run rows up to the first layer, with this embedding (tokens, hidden)."""
     import torch
 
-    base, embedding = model.base_model, model.get_input_embeddings()
-    if keep is None and not rows:
-        return States()
-    weight = weights.get(f"{EMBEDDING}.weight")
-    if keep:
-        grid = fitted(EMBEDDING, plan.grid(EMBEDDING), weight.shape[1])
-        found = _rounded(weight, grid, plan)
-        keep(EMBEDDING, found)
-        weight = found.dequantize()
     if not rows:
         return States()
+    base, place = model.base_model, model.get_input_embeddings()
     for name, child in base.named_children():
-        if child is not layers and child is not embedding:
+        if child is not layers and child is not place:
             weights.fill(child, f"{model.base_model_prefix}.{name}")
-    embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
+    place.weight = torch.nn.Parameter(embedding, requires_grad=False)
     states = enter(model, layers, rows)
-    empty(embedding)
+    empty(place)
     return states
 
 
@@ -202,8 +216,9 @@ class Layer:
         if self._states.hidden:
             for group in groups:
                 spared |= self._ease(group, keep_float)
+        exact = self._exact(groups)
         for group in groups:
-            self._quantize(group, keep)
+            self._quantize(group, keep, exact.pop(group.paths[0], None))
         self._states.run(self._layer, self._number)
         return spared
 
@@ -214,27 +229,47 @@ class Layer:
     def _grid(self, part: str, columns: int) -> Grid:
         return fitted(part, self._given.get(part) or self._plan.grid(part), columns)
 
-    def _quantize(self, group: Group, keep: Keep) -> None:
+    def _exact(self, groups: Sequence[Group]) -> dict[str, list[torch.Tensor]]:
+        """Send what was never rounded through the layer as it still is; gives what each group reads then."""
+        import torch
+
+        found: dict[str, list[torch.Tensor]] = {group.paths[0]: [] for group in groups}
+        if not self._states.hidden or self._plan.method != "gptq":
+            return {}
+
+        def note(path: str) -> Callable[..., None]:
+            return lambda _, args: found[path].append(args[0].flatten(0, -2).to(torch.float16))
+
+        hooks = [self._linears[path].register_forward_pre_hook(note(path)) for path in found]
+        self._states.exact = [
+            self._states.one(self._layer, self._number, i, hidden) for i, hidden in enumerate(self._states.exact)
+        ]
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def _quantize(self, group: Group, keep: Keep, exact: list[torch.Tensor] | None) -> None:
         import torch
 
         parts = {path: self.parts(path) for path in group.paths}
         calibrated = bool(self._states.hidden) and self._plan.method == "gptq"
-        fine = calibrated and any(
-            self._grid(part, weight.shape[1]).bits == 4 for found in parts.values() for part, weight in found
-        )
-        hessian = self._hessian(group.paths[0]) if fine else None
+        hessian, bend = None, None
+        if calibrated:
+            hessian, lost = self._hessian(group.paths[0], exact)
+            bend = drift(hessian, lost)
         factors: dict[int, Factor] = {}
         for path, found in parts.items():
             rounded = []
             for part, weight in found:
                 grid = self._grid(part, weight.shape[1])
                 size = grid.block(weight.shape[1])
+                wanted = weight if bend is None else torch.addmm(weight, weight, bend)
                 if hessian is None or grid.bits == 8:
-                    result = _rounded(weight, grid, self._plan)
+                    result = _rounded(wanted, grid, self._plan)
                 else:
                     if size not in factors:
                         factors[size] = factor(hessian, size)
-                    result = gptq(weight, factors[size], grid).as_stored()
+                    result = gptq(wanted, factors[size], grid).as_stored()
                 keep(part, result)
                 if self._states.hidden:
                     rounded.append(result.dequantize())
@@ -331,22 +366,37 @@ class Layer:
         self._run()
         handle.remove()
 
-    def _hessian(self, path: str) -> torch.Tensor:
-        """X^T X (columns, columns) of a linear layer's inputs over all rows."""
+    def _hessian(self, path: str, exact: list[torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """X^T X (columns, columns) of a linear layer's inputs over all rows, and (E - X)^T X with the exact ones E."""
         import torch
 
         linear = self._linears[path]
         total = torch.zeros(linear.in_features, linear.in_features)
+        lost = torch.zeros_like(total)
+        waiting = iter(exact or ())
 
         def hook(_: Any, args: tuple[Any, ...]) -> None:
             inputs = args[0].flatten(0, -2)
             total.addmm_(inputs.T, inputs)
+            if exact:
+                lost.addmm_((next(waiting).float() - inputs).T, inputs)
             raise _Stop
 
         handle = linear.register_forward_pre_hook(hook)
         self._run()
         handle.remove()
-        return total
+        return total, lost
+
+
+def drift(hessian: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """(columns, columns): W + W·D gives on the inputs that are there, as nearly as it can, what W gives on the exact ones."""
+    import os
+    import torch
+
+    damped = hessian.clone()
+    damped.diagonal().add_(float(os.environ.get("DAMP", "0.1")) * hessian.diagonal().mean())
+    found: torch.Tensor = torch.linalg.solve(damped, lost.T).T
+    return found * float(os.environ.get("ALPHA", "1"))
 
 
 class _Stop(Exception):
@@ -358,14 +408,22 @@ def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
     return found.as_stored()
 
 
-def _head(model: Any, weights: Weights, plan: Plan, states: States, keep: Keep, tied: bool) -> None:
+def _head(model: Any, weights: Weights, plan: Plan, states: States, tied: bool) -> Quantized:
     """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
+    import torch
+
     weight = weights.get(f"{EMBEDDING if tied else HEAD}.weight")
     grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
     if not states.hidden or grid.bits == 8 or plan.method != "gptq":
-        keep(HEAD, _rounded(weight, grid, plan))
-        return
-    keep(HEAD, gptq(weight, factor(head_hessian(model, states, tied), grid.block_size), grid).as_stored())
+        return _rounded(weight, grid, plan)
+    hessian = head_hessian(model, states, tied)
+    if states.exact:
+        lost = torch.zeros_like(hessian)
+        for hidden, exact in zip(states.hidden, states.exact, strict=True):
+            inputs = model.base_model.norm(hidden).flatten(0, -2)
+            lost.addmm_((model.base_model.norm(exact).flatten(0, -2) - inputs).T, inputs)
+        weight = weight + weight @ drift(hessian, lost)
+    return gptq(weight, factor(hessian, grid.block_size), grid).as_stored()
 
 
 def head_hessian(model: Any, states: States, tied: bool) -> torch.Tensor:
