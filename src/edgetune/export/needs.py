@@ -32,11 +32,11 @@ _START_S = 20.0  # imports, the builder's start, the contract, a first answer
 _ROUNDED_A_S = 40e6  # weights that are rounded to nearest and written
 _BUILT_A_S = 150e6  # weights that the builder puts into its graph
 _PASSES = (
-    6.0  # forward passes of a calibrated layer, of short rows: it runs as far as each group of matrices, then whole
+    8.0  # forward passes of a calibrated layer, of short rows: as far as each group of matrices, whole, and not rounded
 )
 _SEARCHED_A_S = 0.6e6  # weights of 4 bits whose scales, zero points and codes GPTQ looks for
 _LEAST_GFLOPS = 20.0  # other programs make the short measurement slower than the work will be
-_FITS = 8.0  # products of a matrix with its Hessian in GPTQ, in floating-point operations a pair
+_FITS = 10.0  # products of a matrix with its Hessian in GPTQ, in floating-point operations a pair
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def needs(folder: Path, target: Target, *, steps: int = 0) -> Needs:
     memory = max(
         _PROCESS
         + 4 * max((_SEARCHED if searched else _MATRIX) * found.largest, 2 * found.layer)
-        + calibration * 8 * columns
-        + (20 * columns**2 if plan.method == "gptq" else 0),
+        + calibration * 18 * columns
+        + (28 * columns**2 if plan.method == "gptq" else 0),
         2 * _PROCESS + 2 * size,  # the builder maps the checkpoint and makes the graph's weights
         _PROCESS + _LOADED * size,
         _PROCESS + 1.5 * floats if steps else 0,

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from edgetune import progress
 from edgetune.data.batch import Encoded
 from edgetune.export.quantize.auto_trial import Change, Trial
-from edgetune.export.quantize.calibrate import decoder_layers, embed, enter, fitted, head_hessian
+from edgetune.export.quantize.calibrate import decoder_layers, fitted, head_hessian
 from edgetune.export.quantize.gptq import factor, gptq
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.plan import EMBEDDING, HEAD
 from edgetune.export.quantize.rtn import min_max
+from edgetune.export.quantize.states import embed, enter
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 from edgetune.files import read_json, write_json
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgetune.export.quantize.calibrate import Layer, States, fitted
+from edgetune.export.quantize.calibrate import Layer, fitted
 from edgetune.export.quantize.gptq import Factor, factor, gptq
 from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import Plan
 from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantize.smooth import Group, divide, round_inputs, smooth
+from edgetune.export.quantize.states import States
 
 if TYPE_CHECKING:
     import torch

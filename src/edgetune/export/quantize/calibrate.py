@@ -1,7 +1,8 @@
 """Quantizes a merged model layer by layer: one decoder layer's weights are in memory at a time.
 
-Calibration rows run through the model once. Each layer sees the outputs of the quantized layers before it, and within
-a layer each matrix sees those of the quantized matrices before it, so that later ones make up for earlier ones.
+Calibration rows run through the model twice beside each other. Each layer sees the outputs of the quantized layers before
+it, and within a layer each matrix sees those of the quantized matrices before it; and what it would have seen had nothing
+been rounded. Later matrices make up for earlier ones: `gptq.correction`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.errors import InputError
-from edgetune.export.quantize.gptq import Factor, factor, gptq
+from edgetune.export.quantize.gptq import Factor, correction, factor, gptq
 from edgetune.export.quantize.grid import BLOCK_SIZES, Grid, Quantized
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, parts_of
 from edgetune.export.quantize.rtn import least_error, min_max
 from edgetune.export.quantize.smooth import Folded, Group, smooth
+from edgetune.export.quantize.states import States, embed
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 
 if TYPE_CHECKING:
@@ -71,24 +73,8 @@ def quantize_model(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        first = rows if plan.calibrated else ()
-        embedding = f"{EMBEDDING}.weight"
-        exact = weights.get(embedding)
-        if tied:
-            states = embed(model, layers, weights, exact, first) if plan.method == "gptq" else States()
-            for number, layer in enumerate(layers if states.hidden else ()):
-                weights.fill(layer, f"{prefix}.{number}")
-                states.run(layer, number)
-                empty(layer)
-            found = _head(model, weights, plan, states, tied)
-            keep(HEAD, found)
-        else:
-            found = _rounded(exact, fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1]), plan)
-            keep(EMBEDDING, found)
-        states = embed(model, layers, weights, found.dequantize(), first)
-        if plan.method == "gptq":
-            states.exact = embed(model, layers, weights, exact, first).hidden
-        del exact, found
+        found, states = _embedding(model, (layers, prefix), weights, plan, rows if plan.calibrated else ())
+        keep(HEAD if tied else EMBEDDING, found)
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
@@ -99,7 +85,7 @@ def quantize_model(
             layer_done()
             bar.advance(1)
         if not tied:
-            keep(HEAD, _head(model, weights, plan, states, tied))
+            keep(HEAD, _head(model, weights.get(f"{HEAD}.weight"), plan, states, tied))
         layer_done()
     return spared
 
@@ -124,69 +110,6 @@ def decoder_layers(model: Any) -> tuple[Any, str]:
         where="export",
         fix="choose a model of the Llama, Qwen, Phi, Gemma or a like family; or the target cpu-fp32, if the builder knows it",
     )
-
-
-class States:
-    """What flows through the model: for each row its hidden states, and what each layer gets beside them."""
-
-    def __init__(self) -> None:
-        self.hidden: list[torch.Tensor] = []
-        self.exact: list[torch.Tensor] = []  # what they were if nothing had been rounded
-        self.extra: list[list[dict[str, Any]]] = []  # by row, then by layer; the same tensors, not copies
-
-    def run(self, layer: Any, number: int) -> None:
-        """Send every row through a layer."""
-        self.hidden = [self.one(layer, number, i, hidden) for i, hidden in enumerate(self.hidden)]
-
-    def one(self, layer: Any, number: int, row: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Send hidden states of one row through a layer."""
-        out = layer(hidden, **self.extra[row][number])
-        return out[0] if isinstance(out, tuple) else out
-
-
-def embed(
-    model: Any, layers: Any, weights: Weights, embedding: torch.Tensor, rows: Sequence[Sequence[int]]
-) -> States:
-    """Run rows up to the first layer, with this embedding (tokens, hidden)."""
-    import torch
-
-    if not rows:
-        return States()
-    base, place = model.base_model, model.get_input_embeddings()
-    for name, child in base.named_children():
-        if child is not layers and child is not place:
-            weights.fill(child, f"{model.base_model_prefix}.{name}")
-    place.weight = torch.nn.Parameter(embedding, requires_grad=False)
-    states = enter(model, layers, rows)
-    empty(place)
-    return states
-
-
-def enter(model: Any, layers: Any, rows: Sequence[Sequence[int]]) -> States:
-    """Run rows of token ids up to the first layer; all but the layers has its weights."""
-    import torch
-
-    states = States()
-    for layer in layers:
-        layer.forward = _recorder(states)
-    for ids in rows:
-        states.extra.append([])
-        model.base_model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    for layer in layers:
-        del layer.forward
-    return states
-
-
-def _recorder(states: States) -> Callable[..., torch.Tensor]:
-    """A layer's forward that only notes what it is given: transformers makes masks and positions before the layers."""
-
-    def forward(hidden: torch.Tensor, **extra: Any) -> torch.Tensor:
-        if not states.extra[-1]:
-            states.hidden.append(hidden)
-        states.extra[-1].append(extra)
-        return hidden
-
-    return forward
 
 
 class Layer:
@@ -218,7 +141,7 @@ class Layer:
                 spared |= self._ease(group, keep_float)
         exact = self._exact(groups)
         for group in groups:
-            self._quantize(group, keep, exact.pop(group.paths[0], None))
+            self._quantize(group, keep, exact.pop(group.paths[0], []))
         self._states.run(self._layer, self._number)
         return spared
 
@@ -230,40 +153,40 @@ class Layer:
         return fitted(part, self._given.get(part) or self._plan.grid(part), columns)
 
     def _exact(self, groups: Sequence[Group]) -> dict[str, list[torch.Tensor]]:
-        """Send what was never rounded through the layer as it still is; gives what each group reads then."""
+        """What each group's inputs would be had nothing been rounded, by its first linear layer and by row, as float16.
+
+        The layer still has its float weights; the exact states go on through it.
+        """
         import torch
 
-        found: dict[str, list[torch.Tensor]] = {group.paths[0]: [] for group in groups}
-        if not self._states.hidden or self._plan.method != "gptq":
+        if not self._states.exact:
             return {}
+        found: dict[str, list[torch.Tensor]] = {group.paths[0]: [] for group in groups}
 
         def note(path: str) -> Callable[..., None]:
             return lambda _, args: found[path].append(args[0].flatten(0, -2).to(torch.float16))
 
         hooks = [self._linears[path].register_forward_pre_hook(note(path)) for path in found]
-        self._states.exact = [
-            self._states.one(self._layer, self._number, i, hidden) for i, hidden in enumerate(self._states.exact)
-        ]
-        for hook in hooks:
-            hook.remove()
+        self._states.exact = self._states.through(self._layer, self._number, self._states.exact)
+        for one in hooks:
+            one.remove()
         return found
 
-    def _quantize(self, group: Group, keep: Keep, exact: list[torch.Tensor] | None) -> None:
+    def _quantize(self, group: Group, keep: Keep, exact: Sequence[torch.Tensor]) -> None:
         import torch
 
         parts = {path: self.parts(path) for path in group.paths}
-        calibrated = bool(self._states.hidden) and self._plan.method == "gptq"
-        hessian, bend = None, None
-        if calibrated:
-            hessian, lost = self._hessian(group.paths[0], exact)
-            bend = drift(hessian, lost)
+        hessian, makes_up = None, None
+        if exact:
+            hessian, apart = self._hessian(group.paths[0], exact)
+            makes_up = correction(hessian, apart)
         factors: dict[int, Factor] = {}
         for path, found in parts.items():
             rounded = []
             for part, weight in found:
                 grid = self._grid(part, weight.shape[1])
                 size = grid.block(weight.shape[1])
-                wanted = weight if bend is None else torch.addmm(weight, weight, bend)
+                wanted = weight if makes_up is None else torch.addmm(weight, weight, makes_up)
                 if hessian is None or grid.bits == 8:
                     result = _rounded(wanted, grid, self._plan)
                 else:
@@ -366,37 +289,23 @@ class Layer:
         self._run()
         handle.remove()
 
-    def _hessian(self, path: str, exact: list[torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """X^T X (columns, columns) of a linear layer's inputs over all rows, and (E - X)^T X with the exact ones E."""
+    def _hessian(self, path: str, exact: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """X^T X and (E - X)^T X (columns, columns) of a linear layer's inputs X over all rows, and the exact ones E."""
         import torch
 
-        linear = self._linears[path]
-        total = torch.zeros(linear.in_features, linear.in_features)
-        lost = torch.zeros_like(total)
-        waiting = iter(exact or ())
+        linear, waiting = self._linears[path], iter(exact)
+        total, apart = torch.zeros(2, linear.in_features, linear.in_features)
 
         def hook(_: Any, args: tuple[Any, ...]) -> None:
             inputs = args[0].flatten(0, -2)
             total.addmm_(inputs.T, inputs)
-            if exact:
-                lost.addmm_((next(waiting).float() - inputs).T, inputs)
+            apart.addmm_((next(waiting).float() - inputs).T, inputs)
             raise _Stop
 
         handle = linear.register_forward_pre_hook(hook)
         self._run()
         handle.remove()
-        return total, lost
-
-
-def drift(hessian: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
-    """(columns, columns): W + W·D gives on the inputs that are there, as nearly as it can, what W gives on the exact ones."""
-    import os
-    import torch
-
-    damped = hessian.clone()
-    damped.diagonal().add_(float(os.environ.get("DAMP", "0.1")) * hessian.diagonal().mean())
-    found: torch.Tensor = torch.linalg.solve(damped, lost.T).T
-    return found * float(os.environ.get("ALPHA", "1"))
+        return total, apart
 
 
 class _Stop(Exception):
@@ -408,21 +317,48 @@ def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
     return found.as_stored()
 
 
-def _head(model: Any, weights: Weights, plan: Plan, states: States, tied: bool) -> Quantized:
+def _embedding(
+    model: Any, decoder: tuple[Any, str], weights: Weights, plan: Plan, rows: Sequence[Sequence[int]]
+) -> tuple[Quantized, States]:
+    """The quantized embedding, and the rows before the first layer. A tied one is the head, too, whose inputs are the last
+    hidden states: for these the rows go through the float model first."""
+    layers, prefix = decoder
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    exact = weights.get(f"{EMBEDDING}.weight")
+    searched = bool(rows) and plan.method == "gptq"
+    if tied:
+        states = States()
+        if searched and fitted(HEAD, plan.grid(HEAD), exact.shape[1]).bits == 4:
+            states = embed(model, layers, weights, exact, rows)
+            for number, layer in enumerate(layers):
+                weights.fill(layer, f"{prefix}.{number}")
+                states.run(layer, number)
+                empty(layer)
+        found = _head(model, exact, plan, states, tied)
+    else:
+        found = _rounded(exact, fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1]), plan)
+    states = embed(model, layers, weights, found.dequantize() if rows else exact, rows)
+    if searched:
+        states.exact = embed(model, layers, weights, exact, rows).hidden
+    return found, states
+
+
+def _head(model: Any, weight: torch.Tensor, plan: Plan, states: States, tied: bool) -> Quantized:
     """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
     import torch
 
-    weight = weights.get(f"{EMBEDDING if tied else HEAD}.weight")
     grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
-    if not states.hidden or grid.bits == 8 or plan.method != "gptq":
+    if not states.hidden or plan.method != "gptq":
         return _rounded(weight, grid, plan)
     hessian = head_hessian(model, states, tied)
     if states.exact:
-        lost = torch.zeros_like(hessian)
+        apart, norm = torch.zeros_like(hessian), model.base_model.norm
         for hidden, exact in zip(states.hidden, states.exact, strict=True):
-            inputs = model.base_model.norm(hidden).flatten(0, -2)
-            lost.addmm_((model.base_model.norm(exact).flatten(0, -2) - inputs).T, inputs)
-        weight = weight + weight @ drift(hessian, lost)
+            inputs = norm(hidden).flatten(0, -2)
+            apart.addmm_((norm(exact).flatten(0, -2) - inputs).T, inputs)
+        weight = torch.addmm(weight, weight, correction(hessian, apart))
+    if grid.bits == 8:
+        return _rounded(weight, grid, plan)
     return gptq(weight, factor(hessian, grid.block_size), grid).as_stored()
 
 
