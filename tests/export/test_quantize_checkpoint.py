@@ -137,6 +137,18 @@ def test_calibration_is_closer_to_the_model_than_rounding(model: str, request: p
     assert apart["gptq"] < 0.85 * apart["min_max"]
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_what_was_lost_before_a_matrix_is_made_up_for(
+    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = request.getfixturevalue(model)
+    whole, fresh, plan = load_model(folder, dtype=torch.float32), _rows(140)[120:], Plan(Grid(4, 32, True))
+    with_it = _divergence(whole, _rounded(folder, _quantized(folder, plan, _rows(120))), fresh)
+    monkeypatch.setattr("edgetune.export.quantize.calibrate.correction", lambda hessian, _: torch.zeros_like(hessian))
+    without = _divergence(whole, _rounded(folder, _quantized(folder, plan, _rows(120))), fresh)
+    assert with_it < 0.95 * without
+
+
 def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool = False) -> Path:
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
     checkpoint.mkdir()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgetune.errors import EdgetuneError
-from edgetune.export.quantize.gptq import factor, gptq
+from edgetune.export.quantize.gptq import correction, factor, gptq
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.rtn import least_error, min_max
 
@@ -83,3 +83,21 @@ def test_fewer_rows_than_columns_and_inputs_that_are_always_zero(weight: torch.T
 def test_activations_that_are_not_numbers_are_told_of() -> None:
     with pytest.raises(EdgetuneError, match="not finite"):
         factor(torch.full((32, 32), torch.nan), 32)
+
+
+def test_a_correction_makes_up_for_errors_in_the_inputs(weight: torch.Tensor) -> None:
+    exact, made = _inputs(3000, 192), torch.Generator().manual_seed(3)
+    rounded = (
+        exact + 0.2 * exact @ torch.randn(192, 192, generator=made) / 192**0.5
+    )  # as a matrix before it has bent them
+    (seen, fresh), (seen_exact, fresh_exact) = rounded.split((2500, 500)), exact.split((2500, 500))
+    bent = weight + weight @ correction(seen.T @ seen, (seen_exact - seen).T @ seen)
+    before, after = ((fresh @ one.T - fresh_exact @ weight.T).square().mean() for one in (weight, bent))
+    assert after < 0.5 * before
+
+
+def test_exact_inputs_want_no_correction_and_silent_ones_bring_none() -> None:
+    inputs = _inputs(500, 64)
+    inputs[:, :3] = 0
+    assert not correction(inputs.T @ inputs, torch.zeros(64, 64)).any()
+    assert correction(torch.zeros(64, 64), torch.zeros(64, 64)).isfinite().all()
