@@ -6,14 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forked
 from edgetune.run import outputs
 
 MAX_LENGTH = 256
@@ -83,11 +82,10 @@ def _build(model: Path, artifact: Path) -> Path:
         "cache": str(artifact.parent / "cache"),
         "options": {},
     }
-    command = [sys.executable, "-m", "edgetune.export._builder", json.dumps(job)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as builder:
-        assert builder.stdout  # its stdin stays open: the builder ends with whoever started it
-        said = builder.stdout.read()
-    assert builder.returncode == 0, said.decode()
+    with (artifact.parent / "builder.log").open("w+b") as log:
+        code = forked.build(job, log).wait()
+        log.seek(0)
+        assert code == 0, log.read().decode()
     config = json.loads((artifact / "genai_config.json").read_text())
     config["search"]["max_length"] = MAX_LENGTH
     (artifact / "genai_config.json").write_text(json.dumps(config))

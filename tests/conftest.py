@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import forked
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -49,6 +51,12 @@ def own_home(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("EDGETUNE_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def forked_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model builder is forked, too; `tests/export/test_export_verify.py` and the slow tests have one that is started."""
+    monkeypatch.setattr("edgetune.export.builder.start", forked.build)
 
 
 @pytest.fixture(scope="session")
@@ -153,8 +161,14 @@ def edgetune(
     stdin: str | None = None,
     env: dict[str, str] | None = None,
     timeout: float = 600,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does, in a process of its own."""
+    """Run the command line as a user does, in a process of its own: forked with its imports done, or a fresh one.
+
+    What Python reads when it starts asks for a fresh one.
+    """
+    if not fresh and "PYTHONPATH" not in (env or {}):
+        return forked.run([*map(str, args)], cwd, env or {}, stdin, timeout)
     return subprocess.run(
         [sys.executable, "-m", "edgetune", *map(str, args)],
         cwd=cwd,

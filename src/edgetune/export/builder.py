@@ -14,6 +14,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO, Any
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError
@@ -94,12 +95,7 @@ def build(
             "options": {**target.options, **({"hf_remote": "true"} if trust_remote_code else {})},
         }
         with log.open("wb") as out:
-            child = subprocess.Popen(
-                [sys.executable, "-u", "-m", "edgetune.export._builder", json.dumps(job)],
-                stdin=subprocess.PIPE,  # closed when this process dies, which the builder notices
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+            child = start(job, out)
             done = 0
             try:
                 while child.poll() is None:
@@ -117,6 +113,16 @@ def build(
     if child.returncode != 0:
         raise explained(child.returncode, text, target, artifact, name)
     return float(text.rpartition("peak_rss_mb=")[2].split()[0])
+
+
+def start(job: dict[str, Any], out: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start the builder on a job, which `_builder.main` describes; what it says goes to `out`."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "edgetune.export._builder", json.dumps(job)],
+        stdin=subprocess.PIPE,  # closed when this process dies, which the builder notices
+        stdout=out,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _steps(log: Path) -> int:
