@@ -217,7 +217,7 @@ if __name__ == "__main__":
         _main()
     except SystemExit as exit_:
         ended = exit_.code
-    except BaseException:  # a traceback is what some tests look for
+    except BaseException:  # noqa: BLE001 - as the interpreter does it
         traceback.print_exc()
         ended = 1
     _end(ended)
