@@ -32,7 +32,7 @@ demo: $(READY)
 
 # Two processes, a file of tests in each, and one thread of arithmetic in each: tiny models gain nothing by more.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

@@ -22,6 +22,7 @@ from edgetune.files import TMP_PREFIX
 from edgetune.pipeline import Pipeline
 from edgetune.plan import plan
 from edgetune.run import STAGES, Result, RunFolder, read_manifest
+from edgetune.stage_work import missed
 from edgetune.summary import as_json, summary
 
 SETTINGS = """
@@ -113,8 +114,8 @@ def test_a_run_and_what_is_redone_after_a_change(project: Path, monkeypatch: pyt
 def test_a_missed_gate_keeps_the_artifact_and_says_so_each_time(project: Path) -> None:
     strict = ["verify.limits.kld_mean=1e-9", "export.target=cpu-int8"]
     for _ in range(2):
-        missed = run(*strict).missed
-        assert missed and missed.exit_code == 3 and "kld_mean" in str(missed) and "cpu-fp32" in str(missed)
+        found = run(*strict).missed
+        assert found and found.exit_code == 3 and "kld_mean" in str(found) and "cpu-fp32" in str(found)
     folder = project / "runs/tiny"
     assert (folder / "artifact/model.onnx").is_file() and not (folder / "bench").exists()
     assert "NOT PASSED" in (folder / "artifact/README.md").read_text()
@@ -125,16 +126,15 @@ def test_a_missed_gate_keeps_the_artifact_and_says_so_each_time(project: Path) -
     assert shown.returncode == 3 and json.loads(shown.stdout)["passed"] is False and "kld_mean" in shown.stderr
 
 
-def test_an_artifact_over_its_size_is_missed_like_the_gate(project: Path) -> None:
-    pipeline = Pipeline(recipe_file.load("tiny.yaml", []))
+def test_an_artifact_over_its_size_is_missed_like_the_gate(tmp_path: Path) -> None:
     told = {
         "quantization": {"auto": {"limits": {"size_mb": 1.0}}},
         "size_mb": 1.5,
         "failures": ["size_mb 1.5 is over 1"],
     }
-    missed = pipeline._missed("export", told)
-    assert missed and missed.exit_code == 3 and "size_mb 1.5 is over 1" in str(missed)
-    assert pipeline._missed("export", {**told, "failures": []}) is None
+    error = missed("export", told, tmp_path)
+    assert error and error.exit_code == 3 and "size_mb 1.5 is over 1" in str(error)
+    assert missed("export", {**told, "failures": []}, tmp_path) is None
 
 
 def test_what_turns_rows_into_tokens_is_part_of_training(project: Path, tiny_model: Path) -> None:

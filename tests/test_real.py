@@ -16,7 +16,7 @@ from edgetune.runtime.options import GenerationOptions
 pytestmark = pytest.mark.real
 
 FEWER = [
-    "train.max_steps=12", "train.evaluations=1", "train.samples=1", "train.sample_tokens=8",
+    "train.max_steps=6", "train.learning_rate=5e-4", "train.evaluations=1", "train.samples=1", "train.sample_tokens=8",
     "verify.rows=8", "verify.golden_tokens=12",
     "bench.repetitions=2", "bench.warmup=0", "bench.new_tokens=16", "bench.prompt_tokens=64",
 ]  # fmt: skip

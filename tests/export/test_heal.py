@@ -69,7 +69,7 @@ def test_the_healed_model_is_nearer_to_the_merged_one_on_the_same_grids(tiny_mod
         (now.zeros is None) == (was.zeros is None)
         and now.codes.dtype == torch.uint8
         and now.codes.max() <= now.grid.top
-        for now, was in zip(healed.found.values(), found.values(), strict=True)
+        for now, was in ((healed.found[name], found[name]) for name in found)
     )
     seen, unseen = rows[:8], _rows(40)[24:]
     assert _kl(tiny_model, healed.found, floats, seen) < 0.95 * _kl(tiny_model, found, floats, seen)
