@@ -1,8 +1,8 @@
 """Runs edgetune's command line and the model builder in processes that have their imports already.
 
-A process of its own spends five to seven seconds on importing torch and transformers. Here one that has done so waits,
-in a thread of nobody's, and forks for each call: what is run is the same, from `sys.argv` on. `python forked.py SOCKET`
-is that process; it ends with the tests that started it.
+A process of its own spends five to seven seconds on importing torch and transformers. Here one that has done so waits, and forks
+for each call: what is run is the same, from `sys.argv` on. `python forked.py SOCKET` is that process; it ends with the tests
+that started it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMPORTED = (
     "peft",
     "tokenizers",
 )
-_SERVER: list[tuple[int, str]] = []  # its process and its socket, by process of tests: a fork has its own
+_SERVER: list[str] = []  # its socket, once it runs
 
 
 class Forked:
@@ -129,8 +129,8 @@ def _address() -> str:
             if server.poll() is not None:
                 raise RuntimeError("the process that forks ended")
             time.sleep(0.05)
-        _SERVER.append((server.pid, address))
-    return _SERVER[0][1]
+        _SERVER.append(address)
+    return _SERVER[0]
 
 
 def _serve(address: str) -> None:
@@ -141,6 +141,7 @@ def _serve(address: str) -> None:
     listener.listen(64)
     Path(f"{address}.new").rename(address)
     gc.collect()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     gc.freeze()  # else the first collection in a fork copies every page
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
@@ -173,6 +174,7 @@ def _handle(client: socket.socket, address: str) -> bool:
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         return False
     client.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for wanted, file in enumerate(files):
         os.dup2(file, wanted)
         os.close(file)
