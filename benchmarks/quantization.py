@@ -53,9 +53,20 @@ def _int8(*modules: str) -> dict[str, Any]:
     return {**GPTQ, "modules": {name: {"bits": 8, "block_size": 64} for name in modules}}
 
 
+ENDS = {  # 4.6 bits a weight where embedding and head are most of a model
+    **GPTQ,
+    "calibration_tokens": 60_000,
+    "modules": {
+        "v_proj": {"bits": 8},
+        "embed_tokens": {"bits": 4, "zero_points": False},
+        "lm_head": {"bits": 4, "zero_points": False},
+    },
+}
 OURS: dict[str, tuple[Any, int]] = {  # a target's name or its quantization, and steps of healing
     "edgetune int4 everywhere": (GPTQ, 0),
     "edgetune int4 everywhere, healed": (GPTQ, 100),
+    "edgetune int4, v int8, ends without zero points": (ENDS, 0),
+    "edgetune int4, v int8, ends without zero points, healed": (ENDS, 300),
     "edgetune int4, v int8": (_int8("v_proj"), 0),
     "edgetune int4, v int8, healed": (_int8("v_proj"), 100),
     "edgetune int4, k v o down int8": (_int8("k_proj", "v_proj", "o_proj", "down_proj"), 0),
