@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune import progress
 from edgetune.data.batch import Encoded
 from edgetune.export.quantize.auto_trial import Change, Trial
-from edgetune.export.quantize.calibrate import decoder_layers, fitted, head_hessian
+from edgetune.export.quantize.calibrate import decoder_layers, fitted, head_sums
 from edgetune.export.quantize.gptq import factor, gptq
 from edgetune.export.quantize.grid import Grid
 from edgetune.export.quantize.plan import EMBEDDING, HEAD
@@ -274,7 +274,7 @@ class _Walk:
                 own = head if unit.name == HEAD else embedding
                 grid = fitted(unit.name, self._candidates[label], own.weight.shape[1])
                 if grid.bits == 4 and unit.name == HEAD:
-                    hessian = head_hessian(model, self._calibration, self._tied) if hessian is None else hessian
+                    hessian = head_sums(model, self._calibration, self._tied)[0] if hessian is None else hessian
                     found = gptq(own.weight, factor(hessian, grid.block_size), grid)
                 else:
                     found = min_max(own.weight, grid)

@@ -297,9 +297,7 @@ class Layer:
         total, apart = torch.zeros(2, linear.in_features, linear.in_features)
 
         def hook(_: Any, args: tuple[Any, ...]) -> None:
-            inputs = args[0].flatten(0, -2)
-            total.addmm_(inputs.T, inputs)
-            apart.addmm_((next(waiting).float() - inputs).T, inputs)
+            _add(total, apart, args[0].flatten(0, -2), next(waiting))
             raise _Stop
 
         handle = linear.register_forward_pre_hook(hook)
@@ -326,20 +324,20 @@ def _embedding(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     exact = weights.get(f"{EMBEDDING}.weight")
     searched = bool(rows) and plan.method == "gptq"
+    last = embed(model, layers, weights, exact, rows if searched else ())
+    first = list(last.hidden)
     if tied:
-        states = States()
         if searched and fitted(HEAD, plan.grid(HEAD), exact.shape[1]).bits == 4:
-            states = embed(model, layers, weights, exact, rows)
             for number, layer in enumerate(layers):
                 weights.fill(layer, f"{prefix}.{number}")
-                states.run(layer, number)
+                last.run(layer, number)
                 empty(layer)
-        found = _head(model, exact, plan, states, tied)
+        found = _head(model, exact, plan, last, tied)
     else:
         found = _rounded(exact, fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1]), plan)
+    del last
     states = embed(model, layers, weights, found.dequantize() if rows else exact, rows)
-    if searched:
-        states.exact = embed(model, layers, weights, exact, rows).hidden
+    states.exact = first
     return found, states
 
 
@@ -348,32 +346,36 @@ def _head(model: Any, weight: torch.Tensor, plan: Plan, states: States, tied: bo
     import torch
 
     grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
-    if not states.hidden or plan.method != "gptq":
+    if not states.hidden or plan.method != "gptq" or (grid.bits == 8 and not states.exact):
         return _rounded(weight, grid, plan)
-    hessian = head_hessian(model, states, tied)
+    hessian, apart = head_sums(model, states, tied)
     if states.exact:
-        apart, norm = torch.zeros_like(hessian), model.base_model.norm
-        for hidden, exact in zip(states.hidden, states.exact, strict=True):
-            inputs = norm(hidden).flatten(0, -2)
-            apart.addmm_((norm(exact).flatten(0, -2) - inputs).T, inputs)
         weight = torch.addmm(weight, weight, correction(hessian, apart))
     if grid.bits == 8:
         return _rounded(weight, grid, plan)
     return gptq(weight, factor(hessian, grid.block_size), grid).as_stored()
 
 
-def head_hessian(model: Any, states: States, tied: bool) -> torch.Tensor:
-    """X^T X (columns, columns) of the head's inputs, from the last layer's outputs."""
+def head_sums(model: Any, states: States, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """X^T X and (E - X)^T X (columns, columns) of the head's inputs, from the last layer's outputs and the exact ones; the
+    latter is zero where the states have none."""
     import torch
 
-    size = states.hidden[0].shape[-1]
-    total = torch.zeros(size, size)
-    for hidden in states.hidden:
-        inputs = model.base_model.norm(hidden).flatten(0, -2)
-        total.addmm_(inputs.T, inputs)
+    size, norm = states.hidden[0].shape[-1], model.base_model.norm
+    total, apart = torch.zeros(2, size, size)
+    for row, hidden in enumerate(states.hidden):
+        exact = norm(states.exact[row]).flatten(0, -2) if states.exact else None
+        _add(total, apart, norm(hidden).flatten(0, -2), exact)
     if tied:  # a lookup reads single weights: these shall not be bent as far as the products would bear
         total.diagonal().add_(_TIED * total.diagonal().mean())
-    return total
+    return total, apart
+
+
+def _add(total: torch.Tensor, apart: torch.Tensor, inputs: torch.Tensor, exact: torch.Tensor | None) -> None:
+    """Add X^T X and (E - X)^T X of some inputs (tokens, columns) and what they would be had nothing been rounded."""
+    total.addmm_(inputs.T, inputs)
+    if exact is not None:
+        apart.addmm_((exact.float() - inputs).T, inputs)
 
 
 def fitted(name: str, grid: Grid, columns: int) -> Grid:
