@@ -47,7 +47,7 @@ test-providers: $(READY)
 # On a machine whose Python has a CUDA build of torch already: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 gpu-check:
-	$(GPU_PYTHON) -m pytest -m gpu --override-ini addopts="-v -ra --strict-markers"
+	$(GPU_PYTHON) -m pytest $(wildcard tests/*/test_*gpu.py) -m gpu --override-ini addopts="-v -ra --strict-markers"
 
 lint: $(READY)
 	$(BIN)/ruff check src tests

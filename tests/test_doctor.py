@@ -110,6 +110,16 @@ def test_a_version_out_of_range_is_named(installed):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_gpu_s_build_of_the_runtime_is_the_runtime(installed):
+    installed(onnxruntime=None, onnxruntime_gpu="1.31.1", onnxruntime_genai=None, onnxruntime_genai_cuda="0.18.0")
+    found = doctor.examine()
+    assert found["missing"] == [] and found["broken"] == []
+    assert ("onnxruntime", "1.31.1") in [row[:2] for row in doctor.packages_table(found)]
+    installed(onnxruntime=None, onnxruntime_gpu="1.20.0", onnxruntime_genai=None, onnxruntime_genai_cuda="0.18.0")
+    assert any("onnxruntime 1.20.0 is outside" in line for line in doctor.examine()["broken"])
+
+
+@pytest.mark.usefixtures("quick")
 def test_known_bad_pairs(installed):
     installed(optimum_onnx="0.1.0", onnxruntime_gpu="1.31.0")
     text = "\n".join(doctor.examine()["broken"])

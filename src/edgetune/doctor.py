@@ -26,7 +26,7 @@ from edgetune import __version__
 from edgetune.errors import EdgetuneError
 from edgetune.files import existing, home
 from edgetune.runtime import kernels, providers
-from edgetune.runtime.hardware import bandwidth_gb_s, hardware
+from edgetune.runtime.hardware import BUILDS, bandwidth_gb_s, hardware
 
 EXTRAS = ("runtime", "train", "export", "dev")
 
@@ -49,11 +49,6 @@ _BAD_PAIRS = (
         "pip install 'edgetune[export]'",
     ),
 )
-# Packages that install the same folder, so that one overwrites the other.
-_SAME_FOLDER = {
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
-    "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
-}
 # Not needed, but torch and transformers fail with the wrong one.
 _COMPANIONS = ("torchvision", "torchaudio", "optimum", "optimum-onnx", "bitsandbytes", "datasets")
 
@@ -200,6 +195,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _build(name: str) -> str:
+    """The name under which a package is installed, of those that its builds have; its own where none is."""
+    return next((each for each in (name, *BUILDS.get(name, ())) if _version(each)), name)
+
+
 def _add(extra: str) -> str:
     return "pip install edgetune" if extra == "runtime" else f"pip install 'edgetune[{extra}]'"
 
@@ -227,7 +227,7 @@ def _needs() -> Iterator[Need]:
             base, with_extra = (need.marker is None or need.marker.evaluate({"extra": e}) for e in ("", extra))
             if need.name == "edgetune" or not (base if extra == "runtime" else with_extra and not base):
                 continue
-            installed = _version(need.name)
+            installed = _version(_build(need.name))
             fits = installed is None or _in(str(need.specifier), installed)
             yield Need(extra, need.name, str(need.specifier), installed, fits)
 
@@ -247,10 +247,10 @@ def _out_of_range(needs: Sequence[Need]) -> Iterator[str]:
 
 def _bad_pairs() -> Iterator[str]:
     for name, versions, other, other_versions, why, cure in _BAD_PAIRS:
-        one, two = _version(name), _version(other)
+        one, two = _version(_build(name)), _version(_build(other))
         if one and two and _in(versions, one) and _in(other_versions, two):
             yield f"{name} {one} with {other} {two}: {why}: {cure}"
-    for name, others in _SAME_FOLDER.items():
+    for name, others in BUILDS.items():
         both = [item for item in (name, *others) if _version(item)]
         if len(both) > 1:
             yield (
@@ -271,14 +271,14 @@ def _unmet(needs: Sequence[Need]) -> Iterator[str]:
     open_ = {need.name for need in needs if need.installed and need.extra != "dev"} | set(_COMPANIONS)
     seen: set[str] = set()
     while open_:
-        name = open_.pop()
+        name = _build(open_.pop())
         seen.add(name)
         version = _version(name)
         for line in (metadata.requires(name) or []) if version else []:
             need = Requirement(line)
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
-            found = _version(need.name)
+            found = _version(_build(need.name))
             if found is None and canonicalize_name(need.name) in own:
                 continue
             if found is None:

@@ -12,7 +12,6 @@ import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError, first_line, require_extra
 from edgetune.export.readers import adapter_of, model_at
 from edgetune.files import write_json
+from edgetune.runtime.hardware import versions
 
 _BOOTSTRAP = 1000  # samples for the standard errors of metrics that are no means
 
@@ -74,7 +74,7 @@ def evaluate(
         "tasks": {name: _task(name, results, loaded) for name in results[0]["results"]},
         "limit": limit,
         "chat": chat,
-        "versions": {name: metadata.version(name) for name in ("lm_eval", "onnxruntime", "transformers", "torch")},
+        "versions": versions("lm_eval", "onnxruntime", "transformers", "torch"),
     }
     if out is not None:
         write_json(out, found)

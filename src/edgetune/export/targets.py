@@ -91,6 +91,13 @@ class Target(Section):
         return self
 
     @model_validator(mode="after")
+    def _int8_activations_are_the_cpu_s(self) -> Target:
+        grids = [self.quantization, *self.quantization.modules.values()] if self.quantization else []
+        if self.provider != "cpu" and any(grid.activations == "int8" for grid in grids):
+            raise ValueError("`activations: int8` (DynamicQuantizeMatMul) goes with the provider cpu")
+        return self
+
+    @model_validator(mode="after")
     def _auto_measures_here(self) -> Target:
         if self.quantization and self.quantization.method == "auto" and self.provider != "cpu":
             raise ValueError("`method: auto` measures this processor: it goes with the provider cpu")

@@ -74,6 +74,11 @@ _ARM_VENDORS = {
     "0xc0": "Ampere",
 }
 
+# Other builds of a package, which install the same folder under another name.
+BUILDS = {
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
+    "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
+}
 _PACKAGES = (
     "edgetune",
     "onnxruntime",
@@ -164,14 +169,19 @@ def load_average() -> list[float] | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, as far as they are installed; nothing is imported."""
+def versions(*names: str) -> dict[str, str]:
+    """Versions of the packages that decide a result, as far as they are installed; nothing is imported.
+
+    Args:
+        names: the packages; those that are named here when there are none. Another build of one counts as it.
+    """
     from importlib import metadata  # 15 ms that a session without a profile does without
 
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    found: dict[str, str] = {}
+    for name in names or _PACKAGES:
+        for each in (name, *BUILDS.get(name, ())):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found.setdefault(name, metadata.version(each))
     return found
 
 

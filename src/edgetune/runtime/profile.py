@@ -14,7 +14,7 @@ from edgetune.errors import InputError
 from edgetune.files import digest, home, read_json, write_json
 from edgetune.progress import say
 from edgetune.runtime.artifact import Artifact
-from edgetune.runtime.hardware import checked_threads, cpu
+from edgetune.runtime.hardware import checked_threads, cpu, versions
 
 FORMAT = "edgetune/profile/1"
 _ENGINE = ("onnxruntime", "onnxruntime-genai")
@@ -79,9 +79,7 @@ class Profile:
 
 def engine() -> dict[str, str]:
     """Versions of what runs the graphs."""
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in _ENGINE}
+    return versions(*_ENGINE)
 
 
 def artifact_digest(artifact: Artifact) -> str:

@@ -195,7 +195,7 @@ def _folder(
     merged: Path, candidates: dict[str, Grid], calibration: Sequence[Encoded], held_out: Sequence[Encoded]
 ) -> Path:
     """Where what is measured of this model, with these rows and candidates, is kept."""
-    from importlib.metadata import version
+    from edgetune.runtime.hardware import versions
 
     files = HashCache().folder(merged)
     model = {name: one for name, one in files.items() if name.endswith(".safetensors") or name == "config.json"}
@@ -206,7 +206,7 @@ def _folder(
             "candidates": {name: str(grid) for name, grid in candidates.items()},
             "calibration": [list(row.ids) for row in calibration],
             "held_out": [[list(row.ids), [bool(one) for one in row.learned]] for row in held_out],
-            "versions": {name: version(name) for name in ("edgetune", "torch", "transformers")},
+            "versions": versions("edgetune", "torch", "transformers"),
         }
     )
     kept = home() / "auto" / key[:16]
@@ -216,11 +216,9 @@ def _folder(
 
 def _costs(threads: int, model_bytes: int) -> Costs:
     """Of this processor, whatever the model."""
-    from importlib.metadata import version
+    from edgetune.runtime.hardware import cpu, versions
 
-    from edgetune.runtime.hardware import cpu
-
-    key = digest({"cpu": cpu(), "threads": threads, "onnxruntime": version("onnxruntime"), "bytes": model_bytes >> 24})
+    key = digest({"cpu": cpu(), "threads": threads, **versions("onnxruntime"), "bytes": model_bytes >> 24})
     kept = home() / "auto" / f"costs-{key[:16]}"
     kept.mkdir(parents=True, exist_ok=True)
     return Costs(kept, threads, model_bytes)

@@ -60,7 +60,8 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
         raise EdgetuneError("the builder's graph has no embedding that can be replaced", where=graph_file)
     lookup = lookups[0]
     apart = (checkpoint / EMBEDDING_FILE).is_file()
-    tensors, attributes = _stored_embedding(checkpoint) if apart else _of_head(graph, graph_file)
+    floats = lookup.outputs[0].dtype or ir.DataType.FLOAT
+    tensors, attributes = _stored_embedding(checkpoint, floats) if apart else _of_head(graph, graph_file)
     values = register(graph, tensors)
     found = ir.node(
         "GatherBlockQuantized",
@@ -118,15 +119,17 @@ def _of_head(graph: ir.Graph, graph_file: Path) -> tuple[list[Any], dict[str, in
     return found, {name: attributes[name] for name in ("bits", "block_size")}
 
 
-def _stored_embedding(checkpoint: Path) -> tuple[list[Any], dict[str, int]]:
-    """An untied embedding, from its file."""
+def _stored_embedding(checkpoint: Path, floats: ir.DataType) -> tuple[list[Any], dict[str, int]]:
+    """An untied embedding, from its file; its scales in the floats that the graph computes with."""
     import onnx_ir as ir
     from safetensors import safe_open
 
     with safe_open(str(checkpoint / EMBEDDING_FILE), "np") as file:
         metadata = file.metadata()
         names = [name for name in ("codes", "scales", "zeros") if name in file.keys()]  # noqa: SIM118 - not a dict
-        found = [ir.tensor(file.get_tensor(name), name=f"{EMBEDDING}.{name}") for name in names]
+        stored = {name: file.get_tensor(name) for name in names}
+        stored["scales"] = stored["scales"].astype(floats.numpy())
+        found = [ir.tensor(tensor, name=f"{EMBEDDING}.{name}") for name, tensor in stored.items()]
     return found, {name: int(metadata[name]) for name in ("bits", "block_size")}
 
 
