@@ -7,8 +7,11 @@ A provider that is missing is an error with its cure; the CPU never takes its pl
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.util
+import io
 import json
 import signal
 import subprocess
@@ -59,7 +62,7 @@ PROVIDERS = {
         "CUDAExecutionProvider",
         "cuda",
         "cuda",
-        "pip uninstall onnxruntime onnxruntime-genai, then pip install onnxruntime-gpu onnxruntime-genai-cuda",
+        "pip uninstall onnxruntime onnxruntime-genai, then pip install 'onnxruntime-gpu[cuda,cudnn]' onnxruntime-genai-cuda",
         None,
         "an NVIDIA GPU and its driver",
     ),
@@ -161,6 +164,9 @@ def status(name: str) -> Status:
         except (RuntimeError, OSError, ImportError, AttributeError) as error:
             if "already registered" not in str(error):
                 return Status(name, False, (), False, f"does not load: {first_line(error)}", provider.install)
+    if name == "cuda":
+        gpus = _nvidia_gpus()
+        return Status(name, True, gpus, False, *(("", "") if gpus else _no_device(provider)))
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
     # QNN's build for x86 names the CPU, on which it compiles for the NPU: that is no device to run on.
     kinds = [(device.device.type.name, device.device.vendor) for device in found]
@@ -168,8 +174,42 @@ def status(name: str) -> Status:
     devices = () if stands_in else tuple(f"{kind} {vendor}".strip() for kind, vendor in kinds)
     if devices:
         return Status(name, True, devices, False, "", "")
-    note = "finds no device" + (", but can prepare graphs for one" if stands_in and kinds else "")
-    return Status(name, True, (), bool(stands_in and kinds), note, f"it needs {provider.device}")
+    note, fix = _no_device(provider)
+    if stands_in and kinds:
+        return Status(name, True, (), True, f"{note}, but can prepare graphs for one", fix)
+    return Status(name, True, (), False, note, fix)
+
+
+def _no_device(provider: Provider) -> tuple[str, str]:
+    return "finds no device", f"it needs {provider.device}"
+
+
+def _nvidia_gpus() -> tuple[str, ...]:
+    """NVIDIA GPUs, as their driver names them.
+
+    ONNX Runtime is not asked: its Python module and the library of GenAI are two copies of it, and each loads the provider.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return ()
+    count, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    return tuple(
+        name.value.decode("utf-8", "replace")
+        for number in range(count.value)
+        if driver.cuDeviceGetName(name, len(name), number) == 0
+    )
+
+
+def preload(name: str) -> None:
+    """Load a provider's libraries that lie in Python packages of their own, where the system's loader does not look."""
+    if name == "cuda":
+        import onnxruntime
+
+        with contextlib.redirect_stdout(io.StringIO()):  # what is missing is told by what then fails
+            onnxruntime.preload_dlls()
 
 
 def _library(provider: Provider) -> Path:
@@ -242,6 +282,7 @@ def open_session(
         InputError: the provider is missing, finds no device, or takes no node of the graph.
     """
     require(name, file.parent.name)
+    preload(name)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -267,7 +308,12 @@ def open_session(
         raise InputError(
             f"{provider.ep} takes no node of the graph; the CPU does not take its place",
             where=file,
-            fix="export it for this provider, or for this machine: export.target=cpu-int8",
+            fix="export it for this provider, or for this machine: export.target=cpu-int8"
+            + (
+                "; its CUDA libraries may be missing: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                if name == "cuda"
+                else ""
+            ),
         )
     return session
 
