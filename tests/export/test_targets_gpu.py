@@ -1,6 +1,7 @@
 """Targets for a CUDA device, on one: exported, compared, measured and answering there. For `make gpu-check`.
 
-The whole of a run, from training on the device to the benchmark, with the tiny model.
+The whole of a run, from training on the device to the benchmark, with the tiny model. Processes are fresh: CUDA does not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def test_a_run_goes_to_its_end_on_the_device(
         "verify: {rows: 3, golden_tokens: 4, limits: {kld_mean: 0.5, kld_p99: 5, top1_agreement: 0.3, perplexity_ratio: 2}}\n"
         "bench: {prompt_tokens: 16, new_tokens: 4}\n"
     )
-    done = edgetune("run", "tiny.yaml", cwd=tmp_path)
+    done = edgetune("run", "tiny.yaml", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "tiny"
     verify = json.loads((run / "verify" / "report.json").read_text())
@@ -41,7 +42,7 @@ def test_a_run_goes_to_its_end_on_the_device(
     assert "run on the device | yes, on cuda" in (run / "artifact" / "README.md").read_text()
     report = json.loads((run / "bench" / "report.json").read_text())
     assert report["target"]["provider"] == "cuda"
-    answer = edgetune("generate", run / "artifact", "Hello", "--max-tokens", "4")
+    answer = edgetune("generate", run / "artifact", "Hello", "--max-tokens", "4", fresh=True)
     assert answer.returncode == 0, answer.stderr
-    again = edgetune("generate", run / "artifact", "Hello", "--max-tokens", "4")
+    again = edgetune("generate", run / "artifact", "Hello", "--max-tokens", "4", fresh=True)
     assert answer.stdout == again.stdout
