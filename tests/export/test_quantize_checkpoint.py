@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
@@ -149,7 +150,7 @@ def test_what_was_lost_before_a_matrix_is_made_up_for(
     assert with_it < 0.95 * without
 
 
-def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool = False) -> Path:
+def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool = False, provider: str = "cpu") -> Path:
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
     checkpoint.mkdir()
     artifact.mkdir()
@@ -160,7 +161,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool 
         "model": str(checkpoint),
         "out": str(artifact),
         "precision": "int4",
-        "provider": "cpu",
+        "provider": provider,
         "cache": str(folder / "cache"),
         "options": {**BUILDER_OPTIONS, "prune_lm_head": "true", "accuracy_level": "1"},  # 1: float32 sums
     }
@@ -170,7 +171,7 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool 
     os.close(reading)
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    finish(artifact / "model.onnx", checkpoint, writer.int8, 512, unsigned=unsigned)
+    finish(artifact / "model.onnx", checkpoint, writer.int8, 512, unsigned=unsigned, say_zeros=provider != "cpu")
     return artifact
 
 
@@ -195,6 +196,23 @@ def test_the_graph_computes_with_the_weights_on_the_grid(
         logits, tokens = _last_and_rows(artifact, ids[:count])
         torch.testing.assert_close(logits, wanted[None, count - 1 : count], rtol=1e-4, atol=1e-4)
         assert tokens == wanted[count - rows : count].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_a_graph_of_16_bit_floats_has_the_same_weights_and_says_its_zero_points(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, plan = request.getfixturevalue(model), Plan(Grid(4, 32), {"down_proj": Grid(8, 32, True)})
+    artifact = _build(folder, plan, _rows(), tmp_path, provider="cuda")
+    rounded, ids = _rounded(folder, _quantized(folder, plan, _rows())), list(range(5, 60))
+    with torch.inference_mode():
+        wanted = rounded(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(_logits(artifact, ids), wanted, rtol=0.02, atol=0.02)
+    graph = onnx.load(artifact / "model.onnx").graph
+    stored = {one.name: one for one in graph.initializer}
+    [lookup] = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+    assert stored[lookup.input[2]].data_type == onnx.TensorProto.FLOAT16
+    assert set(onnx.numpy_helper.to_array(stored[lookup.input[3]]).flat) == {0x88}
 
 
 def _last_and_rows(artifact: Path, ids: list[int]) -> tuple[torch.Tensor, list[int]]:

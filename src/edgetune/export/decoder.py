@@ -151,7 +151,8 @@ def _quantize_and_build(
         )
         peak = build(checkpoint, target, artifact, log, name, trust_remote_code=trust_remote_code)
         unsigned = section.unsigned or (section.method == "auto" and bool(int8) and kernels.overflows())
-        finish(artifact / "model.onnx", checkpoint, int8, context, unsigned=unsigned)
+        said = target.provider != "cpu"
+        finish(artifact / "model.onnx", checkpoint, int8, context, unsigned=unsigned, say_zeros=said)
     return peak, found
 
 

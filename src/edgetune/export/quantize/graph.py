@@ -25,7 +25,15 @@ _LARGE, _ALIGNMENT = 1 << 23, 65_536  # bytes: a large tensor starts where Windo
 _SMALL = 1_024  # bytes: stays in the graph file
 
 
-def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int, *, unsigned: bool = False) -> None:
+def finish(
+    graph_file: Path,
+    checkpoint: Path,
+    int8: Sequence[str],
+    context: int,
+    *,
+    unsigned: bool = False,
+    say_zeros: bool = False,
+) -> None:
     """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
 
     Args:
@@ -34,6 +42,8 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
         int8: full names of the matrices that are to be computed with int8 activations.
         context: the artifact's, in tokens: angles of rotary embeddings are kept for so many positions.
         unsigned: store these matrices as uint8.
+        say_zeros: write the zero points of an embedding that has none, too. CUDA takes them for 0, the CPU for the middle of
+            the codes (microsoft/onnxruntime issue 31692).
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -41,7 +51,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
     import onnx_ir as ir
 
     model = ir.load(graph_file)
-    _put_embedding(model.graph, graph_file, checkpoint)
+    _put_embedding(model.graph, graph_file, checkpoint, say_zeros)
     put_kernels(model.graph, graph_file, int8, unsigned=unsigned)
     halve_scales(model.graph)
     _trim_angles(model.graph, context)
@@ -49,7 +59,7 @@ def finish(graph_file: Path, checkpoint: Path, int8: Sequence[str], context: int
     _save(model, graph_file)
 
 
-def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
+def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, say_zeros: bool) -> None:
     """Put the quantized lookup in place of the stub."""
     import onnx_ir as ir
 
@@ -62,6 +72,8 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
     apart = (checkpoint / EMBEDDING_FILE).is_file()
     floats = lookup.outputs[0].dtype or ir.DataType.FLOAT
     tensors, attributes = _stored_embedding(checkpoint, floats) if apart else _of_head(graph, graph_file)
+    if say_zeros and len(tensors) == 2:
+        tensors.append(_middle(tensors[1].shape.numpy(), attributes["bits"]))
     values = register(graph, tensors)
     found = ir.node(
         "GatherBlockQuantized",
@@ -76,6 +88,16 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path) -> None:
     lookup.outputs[0].replace_all_uses_with(found.outputs[0])
     graph.remove(lookup, safe=True)
     del graph.initializers[name]
+
+
+def _middle(blocks: Sequence[int], bits: int) -> Any:
+    """The zero point of codes that have none of their own, for (rows, blocks) blocks."""
+    import numpy as np
+    import onnx_ir as ir
+
+    rows, count = blocks
+    packed = -(-count * bits // 8)
+    return ir.tensor(np.full((rows, packed), 0x88 if bits == 4 else 0x80, np.uint8), name=f"{EMBEDDING}.zeros")
 
 
 def _trim_angles(graph: ir.Graph, context: int) -> None:
