@@ -26,6 +26,8 @@ class Model:
         chosen = profile.settings_for(self._artifact)
         if job["threads"] not in (None, chosen.overlay()["intra_op_num_threads"]):
             chosen = profile.Settings(job["threads"])
+        if job.get("settings"):
+            chosen = profile.Settings(**{"threads": job["threads"], **job["settings"]})
         self._loaded = model.load_model(self._artifact, chosen)
         self._size = chosen.prefill_tokens or self._artifact.prefill_tokens
         self.threads = chosen.overlay()["intra_op_num_threads"]

@@ -31,6 +31,7 @@ class Entry:
         size_mb: of the file or folder, 10^6 bytes.
         read_bytes: of weights a decoding step reads, as far as that is known.
         note: said under the table, or empty.
+        settings: edgetune's, of a session; `profile.Settings` as a mapping.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     size_mb: float
     read_bytes: int | None
     note: str = ""
+    settings: dict[str, Any] | None = None
 
 
 class Engine:
@@ -60,6 +62,7 @@ class Engine:
             "engine": entry.engine,
             "model": entry.model or None,
             "threads": entry.threads,
+            "settings": entry.settings,
             "context": context,
             "logits": logits,
         }

@@ -298,7 +298,9 @@ def faithful(name: str, quality: dict[str, Any]) -> str:
 def _row(entry: Entry, measured: Measured, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
     same = entry.name.partition(", its own")[0]
     numbers = quality.get(same, {})
-    about = {name: value for name, value in asdict(entry).items() if name not in ("python", "model", "note")}
+    about = {
+        name: value for name, value in asdict(entry).items() if name not in ("python", "model", "note", "settings")
+    }
     return {**about, **asdict(measured), "quality": {} if "failed" in numbers else numbers}
 
 

@@ -10,6 +10,7 @@ transformers' `sdpa`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.attention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,18 +93,28 @@ def attend(
 def _by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, lengths: Sequence[int], window: int
 ) -> torch.Tensor:
-    """PyTorch's kernels, a row at a time: for devices on which they are fast."""
+    """PyTorch's kernels, a row at a time: for devices on which they are fast.
+
+    cuDNN's is left out: it compiles a plan for each length that it meets, and rows have many.
+    """
+    kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if query.device.type == "cuda":
+        backends = torch.nn.attention.SDPBackend
+        kernels = torch.nn.attention.sdpa_kernel(
+            [backends.FLASH_ATTENTION, backends.EFFICIENT_ATTENTION, backends.MATH]
+        )
     rows = zip(query.split(list(lengths), 2), key.split(list(lengths), 2), value.split(list(lengths), 2), strict=True)
     out = []
-    for q, k, v in rows:
-        mask = None
-        if window and q.shape[2] > window:
-            mask = ~_hidden(q.shape[2], q.shape[2], 0, window, str(q.device))
-        out.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    with kernels:
+        for q, k, v in rows:
+            mask = None
+            if window and q.shape[2] > window:
+                mask = ~_hidden(q.shape[2], q.shape[2], 0, window, str(q.device))
+            out.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+                )
             )
-        )
     return torch.cat(out, 2).transpose(1, 2)
 
 
