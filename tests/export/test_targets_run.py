@@ -36,7 +36,7 @@ def exported(model: Path, folder: Path, name: str) -> tuple[Path, dict[str, Any]
     artifact, report = folder / "artifact", folder / "report"
     artifact.mkdir()
     report.mkdir()
-    rows: Any = [Row(rng.integers(3, 384, 40).tolist()) for _ in range(12)] if target.calibrates else ()
+    rows: Any = [Row(rng.integers(3, 384, 40).tolist()) for _ in range(30)] if target.calibrates else ()
     base = {"id": "tiny", "source": "folder", "revision": None, "license": None, "upstream": None, "sha256": "0"}
     work = Work("export", {}, {"target": target.options_of_work()})
     found = export(
