@@ -257,11 +257,14 @@ class Pipeline:
         )
 
     def _job(self, key: str) -> Job:
-        from edgetune.export.targets import trained_through
+        from edgetune.export.targets import target_for
         from edgetune.models import stop_ids
         from edgetune.train.trainer import Job
 
         turn = self.folder.report("data").get("turn")
+        grids: dict[str, Any] = {}
+        if self.recipe.train.quantization_aware and (section := target_for(self.recipe).quantization):
+            grids = {"grids": section.plan(), "calibration_tokens": section.calibration_tokens}
         return Job(
             base=self.base(),
             tokenizer=self._inputs.tokenizer(),
@@ -273,7 +276,7 @@ class Pipeline:
             place=self._inputs.place,
             stop_ids=frozenset([*stop_ids(self.base().path), *([turn["stop_id"]] if turn else [])]),
             name=self.name,
-            grids=trained_through(self.recipe),
+            **grids,
         )
 
     def _merge(self, work: Work) -> None:

@@ -72,9 +72,13 @@ class Inputs:
 
     def examples(self, target: Target, kept: Path) -> Examples:
         """What the export learns from; `kept` is where its repair goes on after a crash."""
+        from edgetune.export.quantize.kept import FILE
         from edgetune.export.quantized import Examples
 
         heal = self._recipe.export.heal
         rows = Examples.wanted(target, heal)
         kept.mkdir(parents=True, exist_ok=True)
-        return Examples(() if rows == 0 else self.encoded("train", rows), heal, self._recipe.seed, kept)
+        merged = self._recipe.export.adapters == "merged"
+        trained = self._folder.output("train") / FILE if merged and self._recipe.train.quantization_aware else None
+        used = () if rows == 0 else self.encoded("train", rows)
+        return Examples(used, heal, self._recipe.seed, kept, trained=trained)

@@ -49,9 +49,9 @@ def stage_work(stage: str, recipe: Recipe, base: Base, folder: RunFolder) -> Wor
     if stage == "train":
         options = {**recipe.train.model_dump(exclude={"distributed"}), **reading, "seed": recipe.seed}
         if recipe.train.quantization_aware:
-            from edgetune.export.targets import trained_through
+            from edgetune.export.targets import target_for
 
-            options["grids"] = str(trained_through(recipe))
+            options["grids"] = target_for(recipe).model_dump(include={"quantization"})
         return Work(stage, {"base": base_id, "data": content("data")}, options)
     if stage == "merge":
         return Work(stage, {"base": base_id, "adapter": content("train")}, recipe.merge.model_dump())

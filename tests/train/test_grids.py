@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from edgetune.data.batch import Encoded
 from edgetune.errors import InputError
 from edgetune.export.package import export
-from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize import kept
+from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import Plan
-from edgetune.export.quantize.rtn import min_max, min_max_weights
+from edgetune.export.quantize.rtn import min_max
 from edgetune.export.quantized import Examples
-from edgetune.export.targets import Target, target_for, trained_through
+from edgetune.export.targets import Target, target_for
 from edgetune.export.weight_check import read_weights
 from edgetune.models import load_tokenizer, resolve
 from edgetune.recipe import MergeSection, ModelSection, Recipe, TrainSection
@@ -25,7 +27,7 @@ from edgetune.recipe_file import load
 from edgetune.run import Work
 from edgetune.train import method
 from edgetune.train.distill import Taught
-from edgetune.train.grids import GridLora, Rounding, install
+from edgetune.train.grids import Begun, GridLora, Rounding, install, nearest
 from edgetune.train.merge import merge
 from edgetune.train.objective import Objective
 from edgetune.train.trainer import Job, train
@@ -49,13 +51,15 @@ def _rows(count: int, start: int = 0) -> list[Encoded]:
     return [Encoded([*half, *half], [False] * len(half) + [True] * len(half)) for half in halves]
 
 
-def _job(folder: Path) -> Job:
+def _job(folder: Path, rows: int = 16, plan: Plan = PLAN) -> Job:
     base = resolve(ModelSection(id=str(folder)))
     tokenizer = load_tokenizer(base.path)
-    return Job(base, tokenizer, _rows(16), _rows(6, 100), seed=1, key="k", grids=PLAN)
+    return Job(base, tokenizer, _rows(rows), _rows(6, 100), seed=1, key="k", grids=plan)
 
 
-def _model(folder: Path, dtype: str = "float32", plan: Plan = PLAN) -> tuple[Any, Rounding, Job]:
+def _model(
+    folder: Path, dtype: str = "float32", plan: Plan = PLAN, begun: dict[str, Quantized] | None = None
+) -> tuple[Any, Rounding, Job]:
     job = _job(folder)
     torch.manual_seed(0)
     section = TrainSection.model_validate({**QUICK, "dtype": dtype})
@@ -64,21 +68,42 @@ def _model(folder: Path, dtype: str = "float32", plan: Plan = PLAN) -> tuple[Any
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.05)
-    return model, install(model, plan, job.base), job
+    return model, install(model, plan, job.base, begun or nearest(plan, job.base)), job
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 16, True), Grid(8, 32), Grid(8, 64, True)])
-def test_weights_without_codes_are_those_of_the_codes(grid: Grid) -> None:
-    weight = torch.randn(300, 96, generator=torch.Generator().manual_seed(0)) * 0.05
+def test_a_matrix_begins_as_it_is_given_and_moves_by_whole_codes(grid: Grid) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 96, generator=draw) * 0.05
     weight[7] = 0
-    found = torch.empty_like(weight)
-    min_max_weights(weight, grid, found)
-    assert torch.equal(found, min_max(weight, grid).as_stored().dequantize())
+    given = min_max(weight, grid).as_stored()
+    given.codes = (given.codes.int() + torch.randint(-2, 3, weight.shape, generator=draw)).clamp(0, grid.top).byte()
+    begun, found, nothing = Begun(given, weight), torch.empty_like(weight), torch.zeros_like(weight)
+    begun.write(nothing, found)
+    assert torch.equal(found, given.dequantize())
+    assert torch.equal(begun.quantized(nothing).codes, given.codes)
+    step = given.scales.repeat_interleave(grid.block_size, 1)[:, :96]
+    begun.write(step, found)
+    moved = begun.quantized(step)
+    assert torch.equal(found, moved.dequantize())
+    live = step != 0
+    assert torch.equal(moved.codes[live], (given.codes.int() + 1).clamp(max=grid.top).byte()[live])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_was_trained_is_what_is_exported(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
-    job = _job(tiny_model)
+def test_what_is_kept_is_read_back(tmp_path: Path) -> None:
+    weight = torch.randn(9, 96, generator=torch.Generator().manual_seed(0))
+    found = {str(grid): min_max(weight, grid) for grid in (Grid(4, 32), Grid(4, 16, True), Grid(8, 32, True))}
+    kept.save(tmp_path / kept.FILE, found)
+    again = kept.load(tmp_path / kept.FILE)
+    assert again.keys() == found.keys()
+    for name, one in found.items():
+        assert again[name].grid == one.grid and torch.equal(again[name].dequantize(), one.dequantize())
+
+
+@pytest.mark.parametrize(("dtype", "how"), [("float32", "gptq"), ("bfloat16", "min_max")])
+def test_what_was_trained_is_what_is_exported(tiny_model: Path, tmp_path: Path, dtype: str, how: Any) -> None:
+    plan = replace(PLAN, method=how)
+    job = _job(tiny_model, 80 if how == "gptq" else 16, plan)
     folders = {name: tmp_path / name for name in ("report", "adapter", "merged", "artifact")}
     for folder in folders.values():
         folder.mkdir()
@@ -108,7 +133,7 @@ def test_what_was_trained_is_what_is_exported(tiny_model: Path, tmp_path: Path, 
         merged=folders["merged"],
     )
     quantization = {
-        "method": "min_max",
+        "method": how,
         "bits": 4,
         "block_size": 16,
         "zero_points": True,
@@ -119,7 +144,7 @@ def test_what_was_trained_is_what_is_exported(tiny_model: Path, tmp_path: Path, 
         },
     }
     target = Target(description="", needs="", provider="cpu", precision="int4", quantization=quantization)
-    assert target.quantization and target.quantization.plan() == PLAN
+    assert target.quantization and target.quantization.plan() == plan
     export(
         folders["merged"],
         target,
@@ -130,11 +155,11 @@ def test_what_was_trained_is_what_is_exported(tiny_model: Path, tmp_path: Path, 
         trust_remote_code=False,
         artifact=folders["artifact"],
         report=folders["report"],
-        examples=Examples(),
+        examples=Examples(job.train, trained=folders["adapter"] / kept.FILE),
     )
     found = {name: torch.from_numpy(matrix) for name, matrix in read_weights(folders["artifact"] / "model.onnx")}
 
-    model, rounding, _ = _model(tiny_model, dtype)
+    model, rounding, _ = _model(tiny_model, dtype, plan, kept.load(tmp_path / "ck" / kept.FILE))
     set_peft_model_state_dict(model, load_file(folders["adapter"] / "adapter_model.safetensors"))
     with torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7]]))
@@ -180,8 +205,9 @@ def test_a_and_b_get_the_gradient_of_the_rounded_weights(tiny_model: Path) -> No
     found = [value.grad.clone() for value in (a, b, x)]
     a.grad = b.grad = x.grad = None
 
-    whole = layer.wide + (b @ a) * layer.scaling["default"]
-    through = min_max(whole.detach(), Grid(4, 16, True)).as_stored().dequantize()
+    whole = layer.get_base_layer().weight.detach() + (b @ a) * layer.scaling["default"]
+    through = layer.rounded
+    assert 0 < float((through - whole).norm()) < 0.2 * float(whole.norm())
     ((x @ (through + whole - whole.detach()).T) * slope).sum().backward()
     for value, wanted in zip(found, (a.grad, b.grad, x.grad), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
@@ -272,12 +298,6 @@ def _recipe(target: str) -> Recipe:
 def test_a_target_without_grids_of_its_own_is_refused(target: str) -> None:
     with pytest.raises(InputError, match=r"export\.target|train through"):
         target_for(_recipe(target))
-
-
-def test_the_export_rounds_to_nearest_as_the_training_did() -> None:
-    grids = trained_through(_recipe("cpu-int4"))
-    assert grids is not None and grids.method == "min_max"
-    assert grids == target_for(_recipe("cpu-int4")).quantization.plan()  # type: ignore[union-attr]
 
 
 def test_int8_activations_beside_others_on_the_same_inputs_are_refused(tiny_model: Path) -> None:

@@ -13,6 +13,7 @@ from edgetune.data.batch import Encoded, cut
 from edgetune.errors import InputError
 from edgetune.export.quantize.calibrate import quantize_model
 from edgetune.export.quantize.checkpoint import Checkpoint
+from edgetune.export.quantize.kept import load
 from edgetune.export.quantize.section import QuantizationSection
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Examples:
         seed: of what healing draws.
         checkpoints: existing folder that outlives a crash, from which healing goes on; none when None.
         where: the place of the rows, for a message.
+        trained: the file of matrices that were trained on their grids (`quantize.kept`); none when None.
     """
 
     rows: Sequence[Encoded] = ()
@@ -48,6 +50,7 @@ class Examples:
     seed: int = 42
     checkpoints: Path | None = None
     where: str = "data.train"
+    trained: Path | None = None
 
     @staticmethod
     def wanted(target: Target, heal: HealSection) -> int | None:
@@ -117,6 +120,7 @@ def write_checkpoint(
         plan,
         [row.ids for row in chosen],
         found.__setitem__ if healing else writer.keep,
+        given=load(examples.trained) if examples.trained else {},
         keep_float=floats.__setitem__ if healing else writer.keep_float,
         layer_done=writer.layer_done,
         folded=folded,

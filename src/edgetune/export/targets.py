@@ -187,7 +187,7 @@ def _promised(limits: Limits, auto: AutoSection) -> Limits:
 
 
 def target_for(recipe: Recipe) -> Target:
-    """The target of a recipe's export; where the recipe trains through its grids, each weight is rounded to nearest there.
+    """The target of a recipe's export, which has grids where the recipe trains through them.
 
     Raises:
         InputError: as `target_of`, or the target has no grids that training could know.
@@ -204,7 +204,7 @@ def target_for(recipe: Recipe) -> Target:
             where="train.quantization_aware",
             fix="set export.target: cpu-int4, another target with `quantization`, or train without it",
         )
-    return target.model_copy(update={"quantization": section.model_copy(update={"method": "min_max"})})
+    return target
 
 
 def trained_through(recipe: Recipe) -> Plan | None:

@@ -174,8 +174,10 @@ def _measure(
     beside = 0.0
     if grids is not None:
         from edgetune.train.distill import learn_through
+        from edgetune.train.grids import nearest
 
-        beside = learn_through(grids, section.distillation, model, objective, twin).bytes(model)
+        begun = nearest(grids, twin)
+        beside = learn_through(grids, begun, section.distillation, model, objective, twin).bytes(model)
     optimizer = make_optimizer(model, section, 1e-6)
     device = next(model.parameters()).device
     batch = {name: v.to(device) if torch.is_tensor(v) else v for name, v in objective.batch(rows).items()}

@@ -8,13 +8,14 @@ arXiv 1503.02531). The plain model is the one that is merged, so this is the div
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from edgetune.data.batch import IGNORED
 from edgetune.errors import InputError
+from edgetune.export.quantize.grid import Quantized
 from edgetune.export.quantize.heal_loss import Heads, divergence
 from edgetune.export.quantize.plan import Plan
 from edgetune.models import Base
@@ -73,11 +74,14 @@ class Taught:
             self._head.listens = False
 
 
-def learn_through(plan: Plan, share: float, model: Any, objective: Objective, base: Base) -> Rounding:
+def learn_through(
+    plan: Plan, begun: Mapping[str, Quantized], share: float, model: Any, objective: Objective, base: Base
+) -> Rounding:
     """Let a model learn through rounded weights, and from itself unrounded.
 
     Args:
         plan: what the export rounds to.
+        begun: from `grids.start`.
         share: what the divergence from the unrounded model weighs; 0 leaves it out.
         model: peft's, on the device that trains.
         objective: its own.
@@ -86,7 +90,7 @@ def learn_through(plan: Plan, share: float, model: Any, objective: Objective, ba
     Raises:
         InputError: a model or a plan that this cannot be done with.
     """
-    rounding = install(model, plan, base)
+    rounding = install(model, plan, base, begun)
     if share and objective.head is None:
         raise InputError(
             "this model's head is no plain product, so that its distributions cannot be compared a piece at a time",

@@ -17,6 +17,7 @@ import numpy as np
 from edgetune import progress
 from edgetune.data.batch import Encoded, sizes
 from edgetune.errors import InputError
+from edgetune.export.quantize.kept import FILE, save
 from edgetune.files import write_json, write_text
 from edgetune.models import Base
 from edgetune.models.quiet import quiet
@@ -35,6 +36,7 @@ from edgetune.train.threads import threads
 from edgetune.train.watch import Step, Watcher, stops
 
 if TYPE_CHECKING:
+    from edgetune.export.quantize.grid import Quantized
     from edgetune.export.quantize.plan import Plan
     from edgetune.train.grids import Rounding
 
@@ -54,6 +56,7 @@ class Job:
         stop_ids: tokens that end an answer.
         name: what the run is called in trackers.
         grids: what the export rounds to, with `train.quantization_aware`.
+        calibration_tokens: of training rows, which its codes are chosen by then.
     """
 
     base: Base
@@ -67,6 +70,7 @@ class Job:
     stop_ids: frozenset[int] = frozenset()
     name: str = "edgetune"
     grids: Plan | None = None
+    calibration_tokens: int = 8192
 
 
 def train(
@@ -144,6 +148,8 @@ def train(
     if not distributed.place().first:
         return result
     method.publish(kept.best, adapter, base=job.base, tokenizer=job.tokenizer)
+    if training.rounding:
+        save(adapter / FILE, training.rounding.quantized(training.trainer.model))
     write_text(report / "metrics.jsonl", (checkpoints / "metrics.jsonl").read_text(encoding="utf-8"))
     plot_loss(kept.metrics, f"{job.base.id}, {section.method}", report / "loss.png")
     if (kept.folder / "tensorboard").is_dir():
@@ -225,7 +231,8 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         from edgetune.train.distill import learn_through
 
         assert job.grids is not None
-        rounding = learn_through(job.grids, section.distillation, model, objective, job.base)
+        begun = _begun(job, kept)
+        rounding = learn_through(job.grids, begun, section.distillation, model, objective, job.base)
     fit = _fit(section, job, kept, objective, model)
 
     def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:
@@ -254,6 +261,17 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
     a_pass = steps_a_pass(lengths, section, job.seed)
     padding = _padding(steps[:a_pass], lengths, fit.pass_tokens, objective.packed)
     return _Training(trainer, watch, objective, fit, steps, a_pass, padding, score, rounding)
+
+
+def _begun(job: Job, kept: Checkpoints) -> dict[str, Quantized]:
+    """What training through the export's rounding begins with: chosen by the first process, once."""
+    from edgetune.export.quantized import calibration_rows
+    from edgetune.train.grids import start
+
+    assert job.grids is not None
+    rows = [row.ids for row in calibration_rows(job.train, job.calibration_tokens)]
+    with distributed.first_goes_first():
+        return start(job.grids, job.base, rows, kept.folder / FILE, trust_remote_code=job.trust_remote_code)
 
 
 def _onto_device(section: TrainSection, model: Any) -> None:

@@ -7,9 +7,10 @@ been rounded. Later matrices make up for earlier ones: `gptq.correction`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
@@ -40,6 +41,7 @@ def quantize_model(
     rows: Sequence[Sequence[int]],
     keep: Keep,
     *,
+    given: Mapping[str, Quantized] = MappingProxyType({}),
     keep_float: KeepFloat = lambda _, __: None,
     layer_done: Callable[[], None] = lambda: None,
     folded: Folded | None = None,
@@ -52,6 +54,7 @@ def quantize_model(
         plan: the grids and the method.
         rows: calibration rows, token ids; unused where the plan calibrates nothing (`Plan.calibrated`).
         keep: takes each matrix, by its full name, as soon as it is done. Tied embeddings come once, as `lm_head`.
+        given: matrices that are on their grids already, by full name; a tied embedding as `lm_head`.
         keep_float: takes each other weight that is not the merged model's any more, float32: norms that were smoothed.
         layer_done: called after the embedding and after each layer: what was kept can be written.
         folded: takes what smoothing divided by.
@@ -73,19 +76,21 @@ def quantize_model(
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     spared: dict[str, float] = {}
     with torch.inference_mode(), Weights(folder) as weights, progress.task("quantize", len(layers) + 1) as bar:
-        found, states = _embedding(model, (layers, prefix), weights, plan, rows if plan.calibrated else ())
+        used = rows if plan.calibrated else ()
+        found, states = _embedding(model, (layers, prefix), weights, plan, used, given.get(HEAD if tied else EMBEDDING))
         keep(HEAD if tied else EMBEDDING, found)
         layer_done()
         bar.advance(1)
         for number, layer in enumerate(layers):
             weights.fill(layer, f"{prefix}.{number}")
-            job = Layer(layer, f"{prefix}.{number}", number, plan, states, model.config, folded)
+            job = Layer(layer, f"{prefix}.{number}", number, plan, states, model.config, folded, given)
             spared |= job.quantize(keep, keep_float)
             empty(layer)
             layer_done()
             bar.advance(1)
         if not tied:
-            keep(HEAD, _head(model, weights.get(f"{HEAD}.weight"), plan, states, tied))
+            head = given.get(HEAD)
+            keep(HEAD, head or _head(model, weights.get(f"{HEAD}.weight"), plan, states, tied))
         layer_done()
     return spared
 
@@ -124,9 +129,11 @@ class Layer:
         states: States,
         config: Any,
         folded: Folded | None = None,
+        given: Mapping[str, Quantized] = MappingProxyType({}),
     ) -> None:
         import torch
 
+        self._begun = given
         self._layer, self._name, self._number, self._states, self._config = layer, name, number, states, config
         self._plan, self._folded = plan, folded
         self._given: dict[str, Grid] = {}  # in place of the plan's
@@ -184,20 +191,35 @@ class Layer:
         for path, found in parts.items():
             rounded = []
             for part, weight in found:
-                grid = self._grid(part, weight.shape[1])
-                size = grid.block(weight.shape[1])
-                wanted = weight if makes_up is None else torch.addmm(weight, weight, makes_up)
-                if hessian is None or grid.bits == 8:
-                    result = _rounded(wanted, grid, self._plan)
+                if part in self._begun:
+                    result = self._begun[part]
                 else:
-                    if size not in factors:
-                        factors[size] = factor(hessian, size)
-                    result = gptq(wanted, factors[size], grid).as_stored()
+                    result = self._chosen(part, weight, hessian, makes_up, factors)
                 keep(part, result)
                 if self._states.hidden:
                     rounded.append(result.dequantize())
             if rounded:
                 self._linears[path].weight = torch.nn.Parameter(torch.cat(rounded), requires_grad=False)
+
+    def _chosen(
+        self,
+        part: str,
+        weight: torch.Tensor,
+        hessian: torch.Tensor | None,
+        makes_up: torch.Tensor | None,
+        factors: dict[int, Factor],
+    ) -> Quantized:
+        """A matrix on its grid. `factors` keeps the Hessian's, by block size."""
+        import torch
+
+        grid = self._grid(part, weight.shape[1])
+        size = grid.block(weight.shape[1])
+        wanted = weight if makes_up is None else torch.addmm(weight, weight, makes_up)
+        if hessian is None or grid.bits == 8:
+            return _rounded(wanted, grid, self._plan)
+        if size not in factors:
+            factors[size] = factor(hessian, size)
+        return gptq(wanted, factors[size], grid).as_stored()
 
     def _ease(self, group: Group, keep_float: KeepFloat) -> dict[str, float]:
         """Smooth the inputs of a group that is computed with int8 activations; leave it to another kernel if that fails."""
@@ -316,17 +338,24 @@ def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
 
 
 def _embedding(
-    model: Any, decoder: tuple[Any, str], weights: Weights, plan: Plan, rows: Sequence[Sequence[int]]
+    model: Any,
+    decoder: tuple[Any, str],
+    weights: Weights,
+    plan: Plan,
+    rows: Sequence[Sequence[int]],
+    given: Quantized | None,
 ) -> tuple[Quantized, States]:
-    """The quantized embedding, and the rows before the first layer. A tied one is the head, too, whose inputs are the last
-    hidden states: for these the rows go through the float model first."""
+    """The quantized embedding, unless it is given, and the rows before the first layer. A tied one is the head, too, whose inputs are
+    the last hidden states: for these the rows go through the float model first."""
     layers, prefix = decoder
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     exact = weights.get(f"{EMBEDDING}.weight")
     searched = bool(rows) and plan.method == "gptq"
     last = embed(model, layers, weights, exact, rows if searched else ())
     first = list(last.hidden)
-    if tied:
+    if given is not None:
+        found = given
+    elif tied:
         if searched and fitted(HEAD, plan.grid(HEAD), exact.shape[1]).bits == 4:
             for number, layer in enumerate(layers):
                 weights.fill(layer, f"{prefix}.{number}")

@@ -53,17 +53,14 @@ class Matrix(torch.nn.Module):
             self.b = torch.nn.Parameter(torch.zeros(self.rows, rank))
 
     def _place(self, latent: torch.Tensor) -> torch.Tensor:
-        """Where in their cells the float weights lie, (rows, blocks, size) float16 in (-0.5, 0.5), in codes.
-
-        A weight outside its cell (GPTQ moves codes on purpose) is put a little inside the edge next to it.
-        """
-        cells = torch.empty(self.codes.shape, dtype=torch.float16)
+        """Where in their cells the float weights lie, (rows, blocks, size) float16; see `cells`."""
+        found = torch.empty(self.codes.shape, dtype=torch.float16)
         inverse = torch.where(self.scales == 0, self.scales, 1 / self.scales)
         for part in self._parts():
-            cell = in_blocks(latent[part].float(), self.grid).mul_(inverse[part, :, None])
-            cell.add_(self.zeros[part, :, None]).sub_(self.codes[part])
-            cells[part] = cell.clamp_(-_INSIDE, _INSIDE)
-        return cells
+            found[part] = cells(
+                in_blocks(latent[part].float(), self.grid), self.codes[part], inverse[part], self.zeros[part]
+            )
+        return found
 
     def _parts(self) -> list[slice]:
         step = max(1, _CHUNK // self.codes[0].numel())
@@ -108,6 +105,20 @@ class Matrix(torch.nn.Module):
             pull = in_blocks(slope, self.grid).mul(scales[..., None]).flatten(1)[:, : self.columns]
             found += [(self.b.to(pull.dtype).t() @ pull).float(), (pull @ self.a.to(pull.dtype).t()).float()]
         return found
+
+
+def cells(blocks: torch.Tensor, codes: torch.Tensor, inverse: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Where in the cells of their codes float weights lie, in codes, within (-0.5, 0.5).
+
+    A weight outside its cell (GPTQ moves codes on purpose) is put a little inside the edge next to it.
+
+    Args:
+        blocks: the weights (rows, blocks, size) float32.
+        codes: of the same shape, uint8.
+        inverse, zeros: (rows, blocks) float32: what the weights are multiplied with, and the zero points.
+    """
+    found = blocks * inverse[..., None]
+    return found.add_(zeros[..., None]).sub_(codes).clamp_(-_INSIDE, _INSIDE)
 
 
 class Place:

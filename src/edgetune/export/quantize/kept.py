@@ -1,0 +1,49 @@
+"""Quantized matrices in one file: what training through the rounding hands on to the export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune.export.quantize.grid import Grid, Quantized, pack, unpack
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "grids.safetensors"
+
+
+def save(file: Path, found: Mapping[str, Quantized]) -> None:
+    """Write matrices by their full names: `NAME.codes` packed, `NAME.scales` float32, `NAME.zeros` where there are some."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    about = {}
+    for name, one in found.items():
+        tensors[f"{name}.codes"] = pack(one.codes, one.grid.bits).contiguous()
+        tensors[f"{name}.scales"] = one.scales.float().contiguous()
+        if one.zeros is not None:
+            tensors[f"{name}.zeros"] = one.zeros.contiguous()
+        about[name] = {**asdict(one.grid), "columns": one.codes.shape[1]}
+    part = file.with_suffix(".part")
+    save_file(tensors, str(part), metadata={"grids": json.dumps(about)})
+    part.replace(file)
+
+
+def load(file: Path) -> dict[str, Quantized]:
+    """What `save` wrote."""
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(str(file), "pt") as tensors:
+        stored = set(tensors.keys())
+        for name, about in json.loads(tensors.metadata()["grids"]).items():
+            columns = about.pop("columns")
+            grid = Grid(**about)
+            codes = unpack(tensors.get_tensor(f"{name}.codes"), grid.bits, columns)
+            zeros = tensors.get_tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
+            found[name] = Quantized(grid, codes, tensors.get_tensor(f"{name}.scales"), zeros)
+    return found
