@@ -82,7 +82,8 @@ def held_bytes(section: TrainSection, found: Calibration, kept: float, processes
 def _train(
     recipe: Recipe, base: Base, tokens: dict[str, int], processes: int, here: int
 ) -> tuple[dict[str, float], list[str], int, float]:
-    from edgetune.export.targets import trained_through
+    from edgetune.export.needs import needs
+    from edgetune.export.targets import target_for, trained_through
     from edgetune.train.memory import choose, room
     from edgetune.train.schedule import DEFAULT_PASS_TOKENS, DEFAULT_ROWS
 
@@ -109,6 +110,7 @@ def _train(
         + file_mb / _LOAD_MB_S
         + (learned * found.step_s * again + validated * found.forward_s) / found.tokens * here / processes
         + answers * (found.weight_bytes / 2e10 + 0.02)
+        + (needs(base.path, target_for(recipe)).seconds if through else 0.0)  # the codes to begin with
     )
     working = held_bytes(section, found, kept, processes)
     loading = found.weight_bytes + 1e6 * file_mb  # the file's pages count while it is copied; each process loads it all

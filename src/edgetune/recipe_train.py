@@ -79,8 +79,8 @@ class TrainSection(Section):
     )
     quantization_aware: bool = Field(
         False,
-        description="The adapter learns through the weights as `export.target` rounds them (to nearest, on its grids), and "
-        "the export keeps exactly these; lora only.",
+        description="The adapter learns through the weights as `export.target` rounds them, beginning with the codes that it "
+        "chooses for the base, and the export keeps exactly these; lora only.",
     )
     distillation: float = Field(
         1.0,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 _SHARES = {4: (1.0, 0.95, 0.9, 0.84, 0.78, 0.7, 0.6), 8: (1.0, 0.98, 0.95, 0.9)}  # of a block's range, by bits
 _REFITS = 3  # least-squares fits of the scale to the codes, each followed by new codes
 _CHUNK = 1 << 20  # weights that are searched at once: the working copies stay in the cache
-_SMALL_CHUNK = 1 << 16  # weights that are rounded at once, likewise
 
 
 def min_max(weight: torch.Tensor, grid: Grid) -> Quantized:
@@ -29,29 +28,6 @@ def min_max(weight: torch.Tensor, grid: Grid) -> Quantized:
     blocks = in_blocks(weight, grid)
     scales, zeros = _range(blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0), grid)
     return quantize(weight, scales, zeros, grid)
-
-
-def min_max_weights(weight: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
-    """What ONNX Runtime computes with after `min_max`, as the graph stores it, without making codes on the way.
-
-    Args:
-        weight: (rows, columns) float32.
-        out: (rows, columns), gets `min_max(weight, grid).as_stored().dequantize()`, in its own dtype.
-    """
-    import torch
-
-    blocks = in_blocks(weight, grid)
-    scales, zeros = _range(blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0), grid)
-    zero = torch.full_like(scales, grid.middle) if zeros is None else zeros.float()
-    stored = scales.half().float() if grid.bits == 4 else scales
-    inverse = torch.where(scales == 0, scales, 1 / scales)
-    rows = max(1, _SMALL_CHUNK // blocks[0].numel())
-    for start in range(0, len(blocks), rows):
-        part = slice(start, start + rows)
-        made = blocks[part] * inverse[part, :, None] + zero[part, :, None]
-        made.add_(0.5).floor_().clamp_(0, grid.top)
-        made.sub_(zero[part, :, None]).mul_(stored[part, :, None])
-        out[part] = made.flatten(1)[:, : weight.shape[1]]
 
 
 def least_error(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Quantized:
