@@ -184,7 +184,7 @@ class Layer:
 
         parts = {path: self.parts(path) for path in group.paths}
         hessian, makes_up = None, None
-        if exact:
+        if exact and any(part not in self._begun for found in parts.values() for part, _ in found):
             hessian, apart = self._hessian(group.paths[0], exact)
             makes_up = correction(hessian, apart)
         factors: dict[int, Factor] = {}
