@@ -98,6 +98,10 @@ def test_what_is_kept_is_read_back(tmp_path: Path) -> None:
     assert again.keys() == found.keys()
     for name, one in found.items():
         assert again[name].grid == one.grid and torch.equal(again[name].dequantize(), one.dequantize())
+    (tmp_path / "broken").write_bytes((tmp_path / kept.FILE).read_bytes()[:900])
+    for file in ("gone", "broken"):
+        with pytest.raises(InputError, match=f"{file}(.|\n)*cannot be read(.|\n)*--from train"):
+            kept.load(tmp_path / file)
 
 
 @pytest.mark.parametrize(("dtype", "how"), [("float32", "gptq"), ("bfloat16", "min_max")])

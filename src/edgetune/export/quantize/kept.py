@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune.errors import InputError, first_line
 from edgetune.export.quantize.grid import Grid, Quantized, pack, unpack
 
 if TYPE_CHECKING:
@@ -34,16 +35,23 @@ def save(file: Path, found: Mapping[str, Quantized]) -> None:
 
 
 def load(file: Path) -> dict[str, Quantized]:
-    """What `save` wrote."""
-    from safetensors import safe_open
+    """What `save` wrote. Raises InputError: it is not there, or broken."""
+    from safetensors import SafetensorError, safe_open
 
     found = {}
-    with safe_open(str(file), "pt") as tensors:
-        stored = set(tensors.keys())
-        for name, about in json.loads(tensors.metadata()["grids"]).items():
-            columns = about.pop("columns")
-            grid = Grid(**about)
-            codes = unpack(tensors.get_tensor(f"{name}.codes"), grid.bits, columns)
-            zeros = tensors.get_tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
-            found[name] = Quantized(grid, codes, tensors.get_tensor(f"{name}.scales"), zeros)
+    try:
+        with safe_open(str(file), "pt") as tensors:
+            stored = set(tensors.keys())
+            for name, about in json.loads(tensors.metadata()["grids"]).items():
+                columns = about.pop("columns")
+                grid = Grid(**about)
+                codes = unpack(tensors.get_tensor(f"{name}.codes"), grid.bits, columns)
+                zeros = tensors.get_tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
+                found[name] = Quantized(grid, codes, tensors.get_tensor(f"{name}.scales"), zeros)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the codes that were trained cannot be read: {first_line(error)}",
+            where=file,
+            fix="train again (`edgetune run RECIPE --from train`), or export with train.quantization_aware=false",
+        ) from error
     return found
