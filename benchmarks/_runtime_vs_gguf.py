@@ -24,13 +24,14 @@ _CUTS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
 _KINDS = ("llama", "phi3")  # GGUF's names are those of config.json
 
 
-def write_gguf(merged: Path, out: Path, half: bool) -> None:
+def write_gguf(merged: Path, out: Path, half: bool, words: bool = True) -> None:
     """Write a merged model as one GGUF file, all or nothing.
 
     Args:
         merged: transformers folder, weights in float32.
         out: the file.
         half: matrices in float16; else in float32. Vectors are float32.
+        words: with the tokenizer; without it the file takes token ids alone.
 
     Raises:
         InputError: another architecture or tokenizer than those that are written here.
@@ -41,7 +42,10 @@ def write_gguf(merged: Path, out: Path, half: bool) -> None:
     with staged_file(out) as temporary:
         writer = GGUFWriter(temporary, config["model_type"])
         _describe(writer, config, half)
-        _tokenizer(writer, merged, config)
+        if words:
+            _tokenizer(writer, merged, config)
+        else:
+            writer.add_tokenizer_model("no_vocab")
         tensors = list(_tensors(merged, config))
         for tensor in tensors:
             kind = np.dtype(np.float16 if half and len(tensor.shape) > 1 else np.float32)

@@ -226,7 +226,7 @@ def gguf_files(args: argparse.Namespace, llama: Path | None, notes: list[str]) -
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             source = Path(temporary) / "source.gguf"
             _say(f"writing the model for llama.cpp into {folder}")
-            write_gguf(args.merged, source, half=args.shape)  # of a large model half the disk
+            write_gguf(args.merged, source, half=args.shape, words=not args.shape)  # of a large model half the disk
             with Engine(Entry(LLAMA, LLAMA, str(llama.absolute()), "", None, 0, None), 0) as engine:
                 for kind in missing:
                     _say(f"rounding to {kind}")

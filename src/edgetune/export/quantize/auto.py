@@ -43,7 +43,8 @@ _SECONDS_A_CODE = 0.4e-6  # of GPTQ, a weight, on a core of 90 * 10^9 operations
 _SECONDS_A_COST = 1.0  # of a product: its graphs are made, and run for 0.4 s
 _FILES_A_LAYER = 8_000  # bytes of a graph
 _OTHER_FILES = 16_000  # bytes: configuration, golden prompts, card, manifest
-_IN_HAND = {"kld_mean": 0.9, "size_mb": 0.998}  # shares of the limits that the choice goes by
+# Shares of the limits that the choice goes by. SmolLM2 had 1.25 times the divergence on rows that it was not trained on.
+_IN_HAND = {"kld_mean": 0.75, "size_mb": 0.998}
 
 
 @dataclass(frozen=True)
