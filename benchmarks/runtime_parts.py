@@ -28,14 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _runtime_vs_process import OURS, Entry
 from _runtime_vs_rounds import prompts, take_turns
+from runtime_vs import HELD_OUT, texts
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.targets import load_target
 from edgetune.runtime.artifact import open_artifact
 from edgetune.runtime.hardware import cpu, default_threads, versions
 from edgetune.runtime.session import Session
-
-HELD_OUT = Path(__file__).parent.parent / "recipes" / "data" / "chat_validation.jsonl"
 
 
 def head(target: dict[str, Any]) -> None:
@@ -48,17 +47,7 @@ def joined(target: dict[str, Any]) -> None:
     from edgetune.export.quantize import kernels
 
     kernels._parts = lambda attention, rounded: []
-    kernels._join_gate = lambda graph, parts: None
-    put = kernels.put_kernels
-
-    def apart(graph: Any, file: Path, int8: Any, *, unsigned: bool = False) -> None:
-        last, kernels._last = kernels._last, lambda node: ""
-        put(graph, file, int8, unsigned=unsigned)
-        kernels._last = last
-
-    from edgetune.export.quantize import graph
-
-    graph.put_kernels = apart
+    kernels._last = lambda node: ""  # no gate is found
 
 
 def activations(target: dict[str, Any]) -> None:
@@ -158,9 +147,9 @@ def report(args: argparse.Namespace, work: Path, wanted: list[str]) -> int:
         for name in ("all", *wanted)
     ]  # fmt: skip
     tokenizer = Tokenizer.from_file(str(args.merged / "tokenizer.json"))
-    rows = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    texts = [message["content"] for row in rows for message in row["messages"]]
-    asked = prompts(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), texts, 256, args.rounds)
+    asked = prompts(
+        lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), texts(HELD_OUT), 256, args.rounds
+    )
     found = take_turns(entries, asked, 64, 0)
     whole = found["all"]
     print(f"{args.target}, {cpu()['model']}, {threads} threads, {args.rounds} rounds, {versions('onnxruntime')}")

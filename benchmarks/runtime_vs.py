@@ -43,7 +43,7 @@ from edgetune.models.check import weight_files
 from edgetune.runtime.bench.traffic import weight_bytes
 from edgetune.runtime.hardware import bandwidth_gb_s, cpu, default_threads, load_average, versions
 
-_HELD_OUT = Path(__file__).parent.parent / "recipes" / "data" / "chat_validation.jsonl"
+HELD_OUT = Path(__file__).parent.parent / "recipes" / "data" / "chat_validation.jsonl"
 _KINDS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0")
 _DEFAULTS: dict[str, tuple[Any, Any]] = {  # as it comes, and with --shape
     "kinds": (",".join(_KINDS), "Q4_0"),
@@ -75,7 +75,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="of all engines (default: all cores)")
     parser.add_argument("--loads", type=int, metavar="N", help="times that each is loaded (default: 3)")
     parser.add_argument("--stress", action="store_true", help="also beside a busy program on each core")
-    parser.add_argument("--rows", type=Path, metavar="FILE", default=_HELD_OUT, help="held-out rows")
+    parser.add_argument("--rows", type=Path, metavar="FILE", default=HELD_OUT, help="held-out rows")
     parser.add_argument("--most", type=int, metavar="N", help="of them compared (default: 32; 0: none)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="gets report.md and report.json")
     found = parser.parse_args(given)
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def encode(words: str) -> list[int]:
         return list(tokenizer.encode(words, add_special_tokens=False).ids)
 
-    asked = prompts(encode, _texts(args.rows), args.prompt, args.rounds)
+    asked = prompts(encode, texts(args.rows), args.prompt, args.rounds)
     before, bandwidth = load_average(), [bandwidth_gb_s()]
     busy = max(1, int(cpu()["usable_cores"])) if args.stress else 0
     found = take_turns(entries, asked, args.tokens, busy)
@@ -304,7 +304,7 @@ def _row(entry: Entry, measured: Measured, quality: dict[str, dict[str, Any]]) -
     return {**about, **asdict(measured), "quality": {} if "failed" in numbers else numbers}
 
 
-def _texts(file: Path) -> list[str]:
+def texts(file: Path) -> list[str]:
     """What is said in rows of messages; nothing of a file of another form."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [message["content"] for row in rows for message in row.get("messages", [])]

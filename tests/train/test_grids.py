@@ -68,7 +68,7 @@ def _model(
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.05)
-    return model, install(model, plan, job.base, begun or nearest(plan, job.base)), job
+    return model, install(model, plan, job.base, lambda: begun or nearest(plan, job.base)), job
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 16, True), Grid(8, 32), Grid(8, 64, True)])

@@ -14,7 +14,7 @@ from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.kernels import session_options
 from edgetune.runtime.memory import trim, use_huge_pages
 from edgetune.runtime.profile import Settings
-from edgetune.runtime.providers import PROVIDERS, named, preload, register_genai, require
+from edgetune.runtime.providers import PROVIDERS, named, register_genai, require
 
 _HUGE_FROM_MB = 32  # what is smaller stays in the processor's caches
 
@@ -47,7 +47,6 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
         options |= _right(artifact)
     else:
         require(provider, artifact.name)
-        preload(provider)
     register_genai(genai(), provider)
     try:
         config = og.Config(str(artifact.path))

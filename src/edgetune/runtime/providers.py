@@ -164,24 +164,17 @@ def status(name: str) -> Status:
         except (RuntimeError, OSError, ImportError, AttributeError) as error:
             if "already registered" not in str(error):
                 return Status(name, False, (), False, f"does not load: {first_line(error)}", provider.install)
-    if name == "cuda":
-        gpus = _nvidia_gpus()
-        return Status(name, True, gpus, False, *(("", "") if gpus else _no_device(provider)))
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
     # QNN's build for x86 names the CPU, on which it compiles for the NPU: that is no device to run on.
     kinds = [(device.device.type.name, device.device.vendor) for device in found]
     stands_in = name == "qnn" and not any(kind == "NPU" for kind, _ in kinds)
     devices = () if stands_in else tuple(f"{kind} {vendor}".strip() for kind, vendor in kinds)
+    if name == "cuda":
+        devices = _nvidia_gpus()
     if devices:
         return Status(name, True, devices, False, "", "")
-    note, fix = _no_device(provider)
-    if stands_in and kinds:
-        return Status(name, True, (), True, f"{note}, but can prepare graphs for one", fix)
-    return Status(name, True, (), False, note, fix)
-
-
-def _no_device(provider: Provider) -> tuple[str, str]:
-    return "finds no device", f"it needs {provider.device}"
+    note = "finds no device" + (", but can prepare graphs for one" if stands_in and kinds else "")
+    return Status(name, True, (), bool(stands_in and kinds), note, f"it needs {provider.device}")
 
 
 def _nvidia_gpus() -> tuple[str, ...]:
@@ -201,15 +194,6 @@ def _nvidia_gpus() -> tuple[str, ...]:
         for number in range(count.value)
         if driver.cuDeviceGetName(name, len(name), number) == 0
     )
-
-
-def preload(name: str) -> None:
-    """Load a provider's libraries that lie in Python packages of their own, where the system's loader does not look."""
-    if name == "cuda":
-        import onnxruntime
-
-        with contextlib.redirect_stdout(io.StringIO()):  # what is missing is told by what then fails
-            onnxruntime.preload_dlls()
 
 
 def _library(provider: Provider) -> Path:
@@ -240,7 +224,10 @@ def named(config: dict[str, Any]) -> str:
 
 
 def require(name: str, where: str | Path | None = None) -> Status:
-    """The status of a provider that graphs can be run on. Raises InputError, with the cure, where it is missing."""
+    """The status of a provider that graphs are about to be run on. Raises InputError, with the cure, where it is missing.
+
+    CUDA's libraries are loaded that lie in Python packages of their own, where the system's loader does not look.
+    """
     found = status(name)
     if not found.runs:
         raise InputError(
@@ -248,6 +235,11 @@ def require(name: str, where: str | Path | None = None) -> Status:
             where=where,
             fix=found.fix + "; or export for this machine: export.target=cpu-int8",
         )
+    if name == "cuda":
+        import onnxruntime
+
+        with contextlib.redirect_stdout(io.StringIO()):  # what is missing is told by what then fails
+            onnxruntime.preload_dlls()
     return found
 
 
@@ -282,7 +274,6 @@ def open_session(
         InputError: the provider is missing, finds no device, or takes no node of the graph.
     """
     require(name, file.parent.name)
-    preload(name)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

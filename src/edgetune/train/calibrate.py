@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import tempfile
 import time
@@ -176,8 +177,8 @@ def _measure(
         from edgetune.train.distill import learn_through
         from edgetune.train.grids import nearest
 
-        begun = nearest(grids, twin)
-        beside = learn_through(grids, begun, section.distillation, model, objective, twin).bytes(model)
+        begin = functools.partial(nearest, grids, twin)
+        beside = learn_through(grids, begin, section.distillation, model, objective, twin).bytes(model)
     optimizer = make_optimizer(model, section, 1e-6)
     device = next(model.parameters()).device
     batch = {name: v.to(device) if torch.is_tensor(v) else v for name, v in objective.batch(rows).items()}

@@ -8,7 +8,7 @@ arXiv 1503.02531). The plain model is the one that is merged, so this is the div
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,13 +75,13 @@ class Taught:
 
 
 def learn_through(
-    plan: Plan, begun: Mapping[str, Quantized], share: float, model: Any, objective: Objective, base: Base
+    plan: Plan, begin: Callable[[], Mapping[str, Quantized]], share: float, model: Any, objective: Objective, base: Base
 ) -> Rounding:
     """Let a model learn through rounded weights, and from itself unrounded.
 
     Args:
         plan: what the export rounds to.
-        begun: from `grids.start`.
+        begin: gives what it begins with, as `grids.start` does; called once nothing is left to refuse.
         share: what the divergence from the unrounded model weighs; 0 leaves it out.
         model: peft's, on the device that trains.
         objective: its own.
@@ -90,13 +90,13 @@ def learn_through(
     Raises:
         InputError: a model or a plan that this cannot be done with.
     """
-    rounding = install(model, plan, base, begun)
     if share and objective.head is None:
         raise InputError(
             "this model's head is no plain product, so that its distributions cannot be compared a piece at a time",
             where="train.distillation",
             fix="set it to 0, or train without train.quantization_aware",
         )
+    rounding = install(model, plan, base, begin)
     if share and objective.head is not None:
         objective.taught = Taught(objective.head, rounding, share)
     return rounding

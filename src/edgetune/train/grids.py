@@ -11,7 +11,7 @@ activations stays unrounded: its 8-bit weights are chosen together with the scal
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,14 +254,14 @@ def _by_weight(grid: Grid) -> Grid:
     return grid if grid.activations == "float" else Grid(8, 32)
 
 
-def install(model: Any, plan: Plan, base: Base, begun: Mapping[str, Quantized]) -> Rounding:
+def install(model: Any, plan: Plan, base: Base, begin: Callable[[], Mapping[str, Quantized]]) -> Rounding:
     """Let a model compute with the weights that an export by this plan would have.
 
     Args:
         model: peft's model with `GridLora` layers, from `method.build`.
         plan: the target's.
         base: whose weights the model has.
-        begun: from `start`.
+        begin: gives what it begins with, as `start` does; called once nothing is left to refuse.
 
     Raises:
         InputError: a model whose layers are not known, or grids with which the export would change other matrices too.
@@ -272,6 +272,7 @@ def install(model: Any, plan: Plan, base: Base, begun: Mapping[str, Quantized]) 
     if head is None:
         raise InputError("the model has no head that is known", where="train.quantization_aware", fix="leave it off")
     _check(plan, [f"{prefix}.{number}" for number in range(len(layers))])
+    begun = begin()
     with Weights(base.path) as weights:
         for number, layer in enumerate(layers):
             for path, module in _matrices(layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import sys
@@ -231,8 +232,8 @@ def _prepare(section: TrainSection, job: Job, kept: Checkpoints) -> _Training:
         from edgetune.train.distill import learn_through
 
         assert job.grids is not None
-        begun = _begun(job, kept)
-        rounding = learn_through(job.grids, begun, section.distillation, model, objective, job.base)
+        begin = functools.partial(_begun, job, kept)
+        rounding = learn_through(job.grids, begin, section.distillation, model, objective, job.base)
     fit = _fit(section, job, kept, objective, model)
 
     def score(model: Any, done: Callable[[int], None] | None = None) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import InputError, first_line
 from edgetune.export.quantize.grid import Grid, Quantized, pack, unpack
+from edgetune.files import staged_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,8 @@ def save(file: Path, found: Mapping[str, Quantized]) -> None:
         if one.zeros is not None:
             tensors[f"{name}.zeros"] = one.zeros.contiguous()
         about[name] = {**asdict(one.grid), "columns": one.codes.shape[1]}
-    part = file.with_suffix(".part")
-    save_file(tensors, str(part), metadata={"grids": json.dumps(about)})
-    part.replace(file)
+    with staged_file(file) as part:
+        save_file(tensors, str(part), metadata={"grids": json.dumps(about)})
 
 
 def load(file: Path) -> dict[str, Quantized]:
