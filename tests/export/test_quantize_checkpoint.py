@@ -150,7 +150,16 @@ def test_what_was_lost_before_a_matrix_is_made_up_for(
     assert with_it < 0.95 * without
 
 
-def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool = False, provider: str = "cpu") -> Path:
+def _build(
+    merged: Path,
+    plan: Plan,
+    rows: Any,
+    folder: Path,
+    *,
+    unsigned: bool = False,
+    provider: str = "cpu",
+    plain: bool = False,
+) -> Path:
     checkpoint, artifact = folder / "checkpoint", folder / "artifact"
     checkpoint.mkdir()
     artifact.mkdir()
@@ -171,7 +180,15 @@ def _build(merged: Path, plan: Plan, rows: Any, folder: Path, *, unsigned: bool 
     os.close(reading)
     os.close(writing)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    finish(artifact / "model.onnx", checkpoint, writer.int8, 512, unsigned=unsigned, say_zeros=provider != "cpu")
+    finish(
+        artifact / "model.onnx",
+        checkpoint,
+        writer.int8,
+        512,
+        unsigned=unsigned,
+        say_zeros=provider != "cpu",
+        plain_lookup=plain,
+    )
     return artifact
 
 
@@ -213,6 +230,23 @@ def test_a_graph_of_16_bit_floats_has_the_same_weights_and_says_its_zero_points(
     [lookup] = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
     assert stored[lookup.input[2]].data_type == onnx.TensorProto.FLOAT16
     assert set(onnx.numpy_helper.to_array(stored[lookup.input[3]]).flat) == {0x88}
+
+
+@pytest.mark.parametrize(
+    ("model", "head"), [("tiny_model", Grid(4, 32, True)), ("phi3", Grid(4, 32)), ("phi3", Grid(8, 32, True))]
+)
+def test_an_embedding_that_is_written_out_is_the_one_that_was_rounded(
+    model: str, head: Grid, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, plan = request.getfixturevalue(model), Plan(Grid(8, 32, True), {"embed_tokens": head, "lm_head": head})
+    artifact = _build(folder, plan, _rows(), tmp_path, provider="dml", plain=True)
+    assert not _ops(artifact)["GatherBlockQuantized"]
+    found = _quantized(folder, plan, _rows())
+    wanted = found.get("model.embed_tokens", found["lm_head"]).dequantize().half()
+    [written] = [
+        one for one in onnx.load(artifact / "model.onnx").graph.initializer if one.name == "model.embed_tokens.weight"
+    ]
+    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(written)), wanted)
 
 
 def _last_and_rows(artifact: Path, ids: list[int]) -> tuple[torch.Tensor, list[int]]:

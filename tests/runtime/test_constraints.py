@@ -65,6 +65,20 @@ def test_broken_schema(session: Session, schema: Any) -> None:
     assert session.generate(ASK, GenerationOptions(max_tokens=2)).completion_tokens == 2
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "array", "minItems": 10**9}, {"properties": {"a": {"anyOf": [{"type": "array", "maxItems": 1e9}]}}}],
+)
+def test_more_items_than_memory_holds_are_refused(session: Session, schema: Any) -> None:
+    with pytest.raises(InputError, match=r"(min|max)Items is 1,000,000,000(\.0)?; items are counted up to 10,000"):
+        session.generate("Hi", json_schema=schema)
+
+
+def test_items_are_not_counted_in_data(session: Session) -> None:
+    text = session.generate("Hi", json_schema={"enum": [{"minItems": 10**9}]}, max_tokens=40).text
+    assert json.loads(text) == {"minItems": 10**9}
+
+
 def test_schema_beyond_the_runtime_is_an_error(session: Session) -> None:
     with pytest.raises(EdgetuneError, match="leave emoji and other characters of several tokens out"):
         session.generate(ASK, GenerationOptions(json_schema=only("👋🏽")))

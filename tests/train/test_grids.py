@@ -298,7 +298,7 @@ def _recipe(target: str) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-auto", "dml-int4", "qnn-npu"])
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-auto", "tensorrt-rtx-fp16", "qnn-npu"])
 def test_a_target_without_grids_of_its_own_is_refused(target: str) -> None:
     with pytest.raises(InputError, match=r"export\.target|train through"):
         target_for(_recipe(target))

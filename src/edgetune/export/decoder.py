@@ -151,8 +151,15 @@ def _quantize_and_build(
         )
         peak = build(checkpoint, target, artifact, log, name, trust_remote_code=trust_remote_code)
         unsigned = section.unsigned or (section.method == "auto" and bool(int8) and kernels.overflows())
-        said = target.provider != "cpu"
-        finish(artifact / "model.onnx", checkpoint, int8, context, unsigned=unsigned, say_zeros=said)
+        finish(
+            artifact / "model.onnx",
+            checkpoint,
+            int8,
+            context,
+            unsigned=unsigned,
+            say_zeros=target.provider != "cpu",
+            plain_lookup="GatherBlockQuantized" in target.graph.forbidden_ops,
+        )
     return peak, found
 
 

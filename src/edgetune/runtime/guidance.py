@@ -20,6 +20,8 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 _NO_GRAMMAR = '{"type": "edgetune"}'  # no JSON Schema: a build that knows guidance refuses it
 _NATIVE = {"json_schema": "json_schema", "regex": "regex", "grammar": "lark_grammar"}
 _WORDS = {"json_schema": "JSON Schema", "regex": "regular expression", "grammar": "grammar"}
+_MOST_ITEMS = 10_000  # of an array: guidance writes each out, and would fill the memory with a thousand million
+_VALUES = ("const", "default", "enum", "examples")  # keywords that hold data, not schemas
 _OTHER_DIALECT = re.compile(r"\[\[|&&|~~|--|\\[pPzA<>bBQK]|\(\?[a-zA-Z]*[uRx]")  # where Rust's and Python's differ
 
 
@@ -43,8 +45,9 @@ class Guide:
 
     @classmethod
     def of(cls, options: GenerationOptions) -> Guide | None:
-        """The constraint that is asked for, if any."""
+        """The constraint that is asked for, if any. Raises InputError where it asks for more than can be counted."""
         if options.json_schema is not None:
+            _require_countable(options.json_schema)
             return cls("json_schema", json.dumps({"x-guidance": _JSON_STYLE, **options.json_schema}))
         for kind in ("regex", "grammar"):
             if (data := getattr(options, kind)) is not None:
@@ -85,6 +88,24 @@ class Guide:
             with contextlib.suppress(re.error):
                 if not re.fullmatch(self._data, text):
                     raise _broken("so the answer does not fit the regular expression", artifact)
+
+
+def _require_countable(schema: Any) -> None:
+    """Raise InputError where a schema counts the items of an array beyond `_MOST_ITEMS`."""
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            for key in ("minItems", "maxItems"):
+                if isinstance(one.get(key), (int, float)) and one[key] > _MOST_ITEMS:
+                    raise InputError(
+                        f"{key} is {one[key]:,}; items are counted up to {_MOST_ITEMS:,}",
+                        where="json_schema",
+                        fix="leave it out, or ask for fewer",
+                    )
+            waiting += [value for key, value in one.items() if key not in _VALUES]
 
 
 def require_guidance(og: Any, model: Any) -> None:

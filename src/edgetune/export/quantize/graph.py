@@ -33,6 +33,7 @@ def finish(
     *,
     unsigned: bool = False,
     say_zeros: bool = False,
+    plain_lookup: bool = False,
 ) -> None:
     """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
 
@@ -44,6 +45,7 @@ def finish(
         unsigned: store these matrices as uint8.
         say_zeros: write the zero points of an embedding that has none, too. CUDA takes them for 0, the CPU for the middle of
             the codes (microsoft/onnxruntime issue 31692).
+        plain_lookup: write the embedding's numbers out in the graph's floats, for a provider that has no `GatherBlockQuantized`.
 
     Raises:
         EdgetuneError: the graph is not as the builder makes it.
@@ -51,7 +53,7 @@ def finish(
     import onnx_ir as ir
 
     model = ir.load(graph_file)
-    _put_embedding(model.graph, graph_file, checkpoint, say_zeros)
+    _put_embedding(model.graph, graph_file, checkpoint, say_zeros=say_zeros, plain=plain_lookup)
     put_kernels(model.graph, graph_file, int8, unsigned=unsigned)
     halve_scales(model.graph)
     _trim_angles(model.graph, context)
@@ -59,8 +61,8 @@ def finish(
     _save(model, graph_file)
 
 
-def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, say_zeros: bool) -> None:
-    """Put the quantized lookup in place of the stub."""
+def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, *, say_zeros: bool, plain: bool) -> None:
+    """Put the quantized lookup, or its numbers written out, in place of the stub."""
     import onnx_ir as ir
 
     name = f"{EMBEDDING}.weight"
@@ -71,7 +73,12 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, say_zero
     lookup = lookups[0]
     apart = (checkpoint / EMBEDDING_FILE).is_file()
     floats = lookup.outputs[0].dtype or ir.DataType.FLOAT
-    tensors, attributes = _stored_embedding(checkpoint, floats) if apart else _of_head(graph, graph_file)
+    scales = ir.DataType.FLOAT if plain else floats
+    tensors, attributes = _stored_embedding(checkpoint, scales) if apart else _of_head(graph, graph_file)
+    if plain:
+        numbers = _numbers(tensors, attributes["bits"]).astype(floats.numpy())
+        stub.const_value, stub.shape = ir.tensor(numbers, name=name), ir.Shape(numbers.shape)
+        return
     if say_zeros and len(tensors) == 2:
         tensors.append(_middle(tensors[1].shape.numpy(), attributes["bits"]))
     values = register(graph, tensors)
@@ -88,6 +95,22 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, say_zero
     lookup.outputs[0].replace_all_uses_with(found.outputs[0])
     graph.remove(lookup, safe=True)
     del graph.initializers[name]
+
+
+def _numbers(tensors: Sequence[Any], bits: int) -> Any:
+    """Codes (rows, bytes), scales (rows, blocks) and, where there are any, zero points (rows, bytes) as float32 (rows, columns)."""
+    import numpy as np
+
+    def codes(tensor: Any) -> Any:
+        packed = tensor.numpy()
+        return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+
+    scales = tensors[1].numpy().astype(np.float32)[:, :, None]
+    blocks = scales.shape[1]
+    middle = np.full((1, blocks), 1 << (bits - 1), np.uint8)
+    zeros = codes(tensors[2])[:, :blocks] if len(tensors) > 2 else middle
+    found = codes(tensors[0]).reshape(len(scales), blocks, -1).astype(np.float32)
+    return ((found - zeros[:, :, None]) * scales).reshape(len(scales), -1)
 
 
 def _middle(blocks: Sequence[int], bits: int) -> Any:
