@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("quantization"))
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--only", default="", help="names in which this regular expression is found")
     parser.add_argument("--no-speed", action="store_true")
     args = parser.parse_args()
     if not args.merged.is_dir():
@@ -243,7 +244,7 @@ def main() -> None:
             own_samples.write(args.merged, args.work / "rows")
     points = []
     for name, (what, more) in {**BUILDER, **OURS}.items():
-        if args.only not in name:
+        if not re.search(args.only, name):
             continue
         folder = args.work / _slug(name)
         folder.mkdir(parents=True, exist_ok=True)
