@@ -169,6 +169,12 @@ def test_broken_regex_and_grammar(session: Session, constraint: Any) -> None:
     assert caught.value.where == next(iter(constraint))
 
 
+def test_a_constraint_that_is_too_large_gets_its_own_cure(session: Session) -> None:
+    with pytest.raises(EdgetuneError) as caught:
+        session.generate(ASK, grammar='start: "a" start')
+    assert "simpler" in str(caught.value.fix)
+
+
 def test_constraints_that_nothing_answers(session: Session) -> None:
     with pytest.raises(EdgetuneError, match="leave emoji and other characters of several tokens out"):
         session.generate(ASK, GenerationOptions(regex="👋🏽"))
@@ -203,15 +209,36 @@ def test_stop_strings_are_refused_beside_a_constraint(session: Session, constrai
     assert caught.value.where == "stop" and caught.value.fix
 
 
+@pytest.mark.parametrize("constraint", [{"grammar": "start: /[^a]{5}/"}, {"regex": r"\P{N}{5}"}])
+def test_half_a_character_is_no_answer(session: Session, constraint: Any) -> None:
+    """A token of half a character passes the native side, and would be left out of the text."""
+    refused = 0
+    for seed in range(150):
+        try:
+            answer = session.generate(ASK, seed=seed, temperature=2, top_k=0, max_tokens=60, **constraint)
+        except EdgetuneError as error:
+            refused += 1
+            assert "broken character" in str(error)
+            continue
+        if answer.fits:
+            assert len(answer.text) == 5, (seed, answer)
+    assert refused
+
+
+def test_how_schemas_are_followed_is_not_the_users_choice(session: Session) -> None:
+    with pytest.raises(InputError, match="cannot be followed"):
+        session.generate(ASK, json_schema={"x-guidance": {"lenient": True}, "not": {}})
+
+
 def test_json_that_does_not_fit_its_schema_is_an_error(session: Session) -> None:
     """Whatever guidance let through."""
     guide = Guide.of(GenerationOptions(json_schema=SCHEMA))
     assert guide is not None
-    guide.check('{"n": 3, "ok": true}', session.artifact)
+    guide.check('{"n": 3, "ok": true}', b'{"n": 3, "ok": true}', session.artifact)
     for text, what in (
         ('{"n": 1000, "ok": true}', "n is not from"),
         ('{"n": 3}', "lacks 'ok'"),
         ('{"n": 3,', "not whole"),
     ):
         with pytest.raises(EdgetuneError, match=what):
-            guide.check(text, session.artifact)
+            guide.check(text, text.encode(), session.artifact)

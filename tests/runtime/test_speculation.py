@@ -36,7 +36,7 @@ class Model:
 
     def read(self, tokens: list[int]) -> list[int]:
         assert 1 <= len(tokens) <= MOST_ROWS
-        self.costs += self._policy._cost[len(tokens)]
+        self.costs += self._policy.cost(len(tokens))
         found = []
         for token in tokens:
             self.ids.append(token)
@@ -88,12 +88,28 @@ def test_copying_takes_few_steps():
     assert model.costs < 190 / 2.5
 
 
-def test_open_writing_loses_at_most_a_fiftieth():
+@pytest.mark.parametrize("costs", [DEFAULT_COSTS, {1: 1.0, 2: 1.24, 4: 1.53, 8: 1.66, 16: 2.54}])
+@pytest.mark.parametrize("limit", [4, 8, 16, 32, 64, 400])
+def test_no_answer_is_below_097_of_plain_decoding(limit: int, costs: dict[int, float]):
     """Every guess is wrong, though there is always one."""
-    draw = random.Random(2)
-    model = Model([draw.randrange(6) for _ in range(300)], lambda ids: draw.randrange(6))
-    _, counts = answer(model, 400, Policy(DEFAULT_COSTS))
-    assert counts.guesses > 0 and model.costs <= 400 * 1.02 + 2
+    for seed in range(10):
+        draw = random.Random(seed)
+        policy = Policy(costs)
+        spent, guessed = 0.0, Counts()
+
+        def read(tokens: list[int]) -> list[int]:
+            nonlocal spent
+            spent += policy.cost(len(tokens))
+            wrong = [(token + 1) % 6 for token in tokens[1:]]
+            return [*wrong, draw.randrange(6)]
+
+        ids, made = [draw.randrange(6) for _ in range(300)], 0
+        for step in guessing(read, lambda _: None, ids, 0, policy, limit, guessed):
+            made += len(step)
+            if made >= limit:
+                break
+        assert spent <= (limit - 1) / 0.97
+    assert guessed.guesses > 0 or limit < 10
 
 
 def test_it_stops_when_the_text_is_no_longer_copied_and_begins_again():

@@ -30,6 +30,11 @@ WRITTEN = [
     f"\n {call(key='parameters')} \n",
     f"<|python_tag|>{call(key='parameters')}",
     f"<tool_call>{call(arguments=json.dumps(PARIS))}</tool_call>",  # the object as a string
+    f"functools[{call()}]",
+    f"[TOOL_CALLS]weather[CALL_ID]a1B2[ARGS]{json.dumps(PARIS)}",
+    f"<function=weather>{json.dumps(PARIS)}</function>",
+    '{"type": "function", "function": "weather", "parameters": {"city": "Paris"}}',
+    f'<|tool_call|>[{{"type": "function", "function": {call()}}}]<|/tool_call|>',
 ]
 
 
@@ -73,6 +78,10 @@ def test_several_calls_and_text(text: str) -> None:
     '<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>',
     '<tool_call>' + '{"name":' * 5000,
     "a < b, <tool_, [TOOL",
+    "functools[0] and functools.partial",
+    "<function=unknown>{}</function>",
+    "[weather(city='Paris')]",
+    '{"function": {"arguments": {}}}',
 ])  # fmt: skip
 def test_what_is_no_call_stays(text: str) -> None:
     assert parse(text, NAMES) == (text, ())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Piece, TokenLogprob, ToolCall
-from edgetune.runtime.guidance import Guide
+from edgetune.runtime.guidance import Guide, constraints
 from edgetune.runtime.native import native
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.prefix import FAILED, Cancel, Context, OnPrefill, Reader
@@ -60,7 +60,8 @@ class Request:
     @property
     def names_tokens(self) -> bool:
         """Whether it needs to know what single tokens stand for."""
-        return bool(self.tools) or self.options.logprobs is not None or self.options.prompt_logprobs is not None
+        named = (self.options.logprobs, self.options.prompt_logprobs, *constraints(self.options).values())
+        return bool(self.tools) or any(one is not None for one in named)
 
 
 def cancelled(request: Request) -> Piece:
@@ -170,13 +171,18 @@ class Answer:
         self._keep(context, made)
         fits = None if self._guide is None else made.reason == "stop"
         if self._guide is not None and fits:
-            self._guide.check(self._words.said, self._artifact)
+            self._guide.check(self._words.said, self._bytes(made.ids), self._artifact)
         counts = (len(self._request.ids), len(made.ids), made.ttft_s, made.speed(), context.cached)
         logprobs = tuple(made.logprobs) if self._options.logprobs is not None else None
         text = "".join(made.text)
         guessed = (self._counts.drafted, self._counts.accepted)
         done = Completion(text, tuple(made.ids), made.reason, *counts, logprobs, prompt_logprobs, calls, *guessed, fits)
         yield Piece(rest, (), done)
+
+    def _bytes(self, ids: list[int]) -> bytes:
+        """The bytes of tokens; special ones have none."""
+        assert self._vocabulary is not None
+        return b"".join(self._vocabulary.bytes(token) or b"" for token in ids)
 
     def _written(self, context: Context, made: _Made) -> Iterator[Piece]:
         """The pieces up to where the answer ends."""
@@ -235,7 +241,7 @@ class Answer:
             from edgetune.runtime.sampling import Sampler, log_softmax
 
             sampler = Sampler(self._options, self._request.ids)
-        generator, fix = context.generator, self._guide.fix if self._guide else None
+        generator, fix = context.generator, self._guide.cure if self._guide else None
         while True:
             with native(FAILED, self._artifact, fix):
                 row = None

@@ -25,6 +25,11 @@ _VALUES = ("const", "default", "enum", "examples")  # keywords that hold data, n
 _OTHER_DIALECT = re.compile(r"\[\[|&&|~~|--|\\[pPzA<>bBQK]|\(\?[a-zA-Z]*[uRx]")  # where Rust's and Python's differ
 
 
+def constraints(options: GenerationOptions) -> dict[str, Any]:
+    """What the options say of each kind of constraint, None where nothing; at most one is given."""
+    return {kind: getattr(options, kind) for kind in _NATIVE}
+
+
 class Guide:
     """One constraint.
 
@@ -34,23 +39,20 @@ class Guide:
 
     Attributes:
         key: tells constraints apart.
-        fix: what to do when the native side breaks off in the middle of an answer.
     """
 
     def __init__(self, kind: str, data: str) -> None:
         self.kind, self._data = kind, data
         self.key = (kind, data)
-        where = "JSON Schema's const, enum and pattern" if kind == "json_schema" else _WORDS[kind]
-        self.fix = f"leave emoji and other characters of several tokens out of the {where}"
 
     @classmethod
     def of(cls, options: GenerationOptions) -> Guide | None:
         """The constraint that is asked for, if any. Raises InputError where it asks for more than can be counted."""
-        if options.json_schema is not None:
-            _require_countable(options.json_schema)
-            return cls("json_schema", json.dumps({"x-guidance": _JSON_STYLE, **options.json_schema}))
-        for kind in ("regex", "grammar"):
-            if (data := getattr(options, kind)) is not None:
+        for kind, data in constraints(options).items():
+            if data is not None and kind == "json_schema":
+                _require_countable(data)
+                return cls(kind, json.dumps({**data, "x-guidance": _JSON_STYLE}))
+            if data is not None:
                 return cls(kind, data)
         return None
 
@@ -68,13 +70,32 @@ class Guide:
                 else "check it; regular expressions are those of Rust's regex, grammars those of llguidance (Lark)",
             ) from error
 
-    def check(self, text: str, artifact: Artifact) -> None:
-        """Look once more at a finished answer: the native side does not see inside characters of several tokens, and a
-        broken one may swallow a quote. Grammars have no second reader here.
+    def cure(self, error: str) -> str:
+        """What to do when the native side breaks off in the middle of an answer, with this error."""
+        if re.search(r"\btoo (many|big|large|long)\b", error, re.IGNORECASE):
+            return f"make the {_WORDS[self.kind]} simpler: fewer repetitions, no rule that begins with itself"
+        where = "JSON Schema's const, enum and pattern" if self.kind == "json_schema" else _WORDS[self.kind]
+        return f"leave emoji and other characters of several tokens out of the {where}"
+
+    def check(self, text: str, data: bytes, artifact: Artifact) -> None:
+        """Look once more at a finished answer: the native side does not see inside characters of several tokens, and lets
+        broken ones pass, which are left out of the text. What is whole is as the native side found it; JSON and most
+        regular expressions are read a second time here, grammars are not.
+
+        Args:
+            text: the answer.
+            data: the bytes of its tokens.
+            artifact: for messages.
 
         Raises:
             EdgetuneError: it does not fit.
         """
+        try:
+            whole = "\0" not in data.decode()  # the native side takes that for a text's end
+        except UnicodeDecodeError:
+            whole = False
+        if not whole:
+            raise _broken(f"so the answer does not fit the {_WORDS[self.kind]}", artifact)
         if self.kind == "json_schema":
             from edgetune.runtime.json_schema import misfit
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.runtime.artifact import Artifact
 
 
 @contextlib.contextmanager
-def native(what: str, artifact: Artifact, fix: str | None = None) -> Iterator[None]:
-    """The runtime's errors, which are all RuntimeError, as EdgetuneError."""
+def native(what: str, artifact: Artifact, cure: Callable[[str], str] | None = None) -> Iterator[None]:
+    """The runtime's errors, which are all RuntimeError, as EdgetuneError; `cure` says what to do about one by its text."""
     try:
         yield
     except RuntimeError as error:
+        fix = cure(str(error)) if cure else None
         raise EdgetuneError(f"{what}: {first_line(error)}", where=artifact.path, fix=fix) from error
 
 

@@ -2,7 +2,7 @@
 
 Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) with the greedy check of
 speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). A guess costs more than a step and is
-often wrong, so an account is kept: what wrong guesses cost may not exceed a step and a seventieth of the answer. All decisions
+often wrong, so an account is kept: what wrong guesses cost may not exceed a thirty-sixth of the answer so far. All decisions
 follow from tokens and from costs that were measured before, none from the clock: the same prompt gives the same answer.
 
 Kernels round a row among several otherwise than alone, so an answer may differ from that of plain decoding where two
@@ -23,7 +23,7 @@ _ORDERS = (4, 3, 2)  # lengths of what is looked up, the surest first
 _PRIOR = {4: (8.0, 1.5), 3: (5.0, 2.5), 2: (2.0, 4.0)}  # right and wrong guesses that each begins with
 _FADE = 0.92  # of the counts, a guess
 _WORTH = 1.05  # how much faster than plain steps a guess has to promise to be
-_LOSS, _START = 0.015, 1.0  # the account: what may be lost of the answer's steps, and at its begin
+_LOSS = 0.028  # the account: what may be lost, in steps, of each token so far; 1 / 1.028 is over 0.97
 _MOST_CREDIT = 6.0  # steps; what copying gained is not lost again on open writing
 # Steps that reading so many rows at once takes, where nobody has measured: `edgetune tune` does.
 DEFAULT_COSTS = {1: 1.0, 2: 1.25, 4: 1.5, 8: 2.1, 16: 3.4}
@@ -83,19 +83,23 @@ class Policy:
         self._wrong = {order: wrong for order, (_, wrong) in _PRIOR.items()}
         self._balance, self._tokens = 0.0, 0
 
+    def cost(self, rows: int) -> float:
+        """Steps that reading so many rows at once takes."""
+        return self._cost[rows]
+
     def width(self, order: int, most: int) -> int:
         """How many tokens to guess from the last `order` ones, at most `most`; 0: none."""
         if self._always or most < 1:
             return max(most, 0)
         share = self._right[order] / (self._right[order] + self._wrong[order])
-        allowed = _START + _LOSS * self._tokens + self._balance
+        allowed = _LOSS * (self._tokens + 1) + self._balance  # whatever is guessed, this step gives a token
         best, rate, gain = 0, _WORTH, 0.0
         for width in range(1, most + 1):
-            if self._cost[width + 1] - 1 > allowed:
+            if self.cost(width + 1) - 1 > allowed:
                 break
             gain += share**width
-            if (1 + gain) / self._cost[width + 1] > rate:
-                best, rate = width, (1 + gain) / self._cost[width + 1]
+            if (1 + gain) / self.cost(width + 1) > rate:
+                best, rate = width, (1 + gain) / self.cost(width + 1)
         return best
 
     def plain(self) -> None:
@@ -107,7 +111,7 @@ class Policy:
         self._right[order] = self._right[order] * _FADE + accepted
         self._wrong[order] = self._wrong[order] * _FADE + (accepted < drafted)
         self._tokens += accepted + 1
-        self._balance = min(self._balance + accepted + 1 - self._cost[drafted + 1], _MOST_CREDIT)
+        self._balance = min(self._balance + accepted + 1 - self.cost(drafted + 1), _MOST_CREDIT)
 
 
 def row_reader(generator: Any, artifact: Artifact) -> Callable[[list[int]], Sequence[int]] | None:

@@ -3,12 +3,13 @@
 Four ways of writing them are read, whatever the model:
 
 - Hermes, Qwen: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, one or several;
-- Phi-4-mini: `<|tool_call|>[{"name": …, "arguments": {…}}, …]<|/tool_call|>`;
-- Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`, or `[TOOL_CALLS]name[ARGS]{…}`;
+- Phi-4-mini: `<|tool_call|>[{"name": …, "arguments": {…}}, …]<|/tool_call|>`, or `functools[{…}, …]`;
+- Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`, or `[TOOL_CALLS]name[ARGS]{…}`, with `[CALL_ID]…` behind the name or not;
 - Llama 3: the whole answer is `{"name": …, "parameters": {…}}`, several with `;` between, with or without
-  `<|python_tag|>` in front.
+  `<|python_tag|>` in front; or `<function=name>{…}</function>`.
 
-A call counts only where it is whole, its name is that of a tool, and its arguments are an object. All else stays text.
+The name and the arguments may lie in an object `function`, as OpenAI's API has them. A call counts only where it is whole, its name is
+that of a tool, and its arguments are an object. All else stays text, calls in Python's syntax (`[name(x=1)]`) among it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from edgetune.errors import InputError
 from edgetune.runtime.completion import ToolCall
 
 # What a list of calls, or one call, may begin with, and what ends it; no end: nothing, or the end of the answer.
-_MARKS = {"<tool_call>": "</tool_call>", "<|tool_call|>": "<|/tool_call|>", "[TOOL_CALLS]": "", "<|python_tag|>": ""}
-MARKS = frozenset(_MARKS) | {end for end in _MARKS.values() if end} | {"[ARGS]"}
-_ARGS = "[ARGS]"
+_MARKS = {
+    "<tool_call>": "</tool_call>", "<|tool_call|>": "<|/tool_call|>", "[TOOL_CALLS]": "", "<|python_tag|>": "",
+    "functools[": "", "<function=": "</function>",
+}  # fmt: skip
+_BEHIND_NAME = {"[TOOL_CALLS]": "[ARGS]", "<function=": ">"}  # where the name stands before its arguments
+_CALL_ID = "[CALL_ID]"
+MARKS = frozenset(_MARKS) | {end for end in _MARKS.values() if end} | {"[ARGS]", _CALL_ID}
 
 
 def _no_number(name: str) -> None:
@@ -154,8 +159,10 @@ class _Read:
 
 def _marked(text: str, start: int, mark: str, names: Collection[str]) -> _Read | None:
     """The calls behind a mark, and where they end."""
-    at, end_mark = start + len(mark), _MARKS[mark]
-    read = _values(text, at) if mark != "[TOOL_CALLS]" else _values(text, at) or _named(text, at)
+    at, end_mark = start + len(mark) - mark.endswith("["), _MARKS[mark]
+    read = _values(text, at)
+    if read is None and mark in _BEHIND_NAME:
+        read = _named(text, at, _BEHIND_NAME[mark])
     if read is None:
         return None
     values, end = read
@@ -197,17 +204,20 @@ def _values(text: str, at: int) -> tuple[list[Any], int] | None:
         at = len(text) - len(after) + 1
 
 
-def _named(text: str, at: int) -> tuple[list[Any], int] | None:
-    """Mistral's newer way: the name, `[ARGS]`, the arguments."""
-    name, args, _ = text[at:].partition(_ARGS)
-    read = _values(text, at + len(name) + len(_ARGS)) if args else None
-    return ([{"name": name.strip(), "arguments": read[0][0]}], read[1]) if read and len(read[0]) == 1 else None
+def _named(text: str, at: int, behind: str) -> tuple[list[Any], int] | None:
+    """The name, what stands behind it, the arguments; and where they end."""
+    name, found, _ = text[at:].partition(behind)
+    read = _values(text, at + len(name) + len(behind)) if found else None
+    name = name.partition(_CALL_ID)[0].strip()
+    return ([{"name": name, "arguments": read[0][0]}], read[1]) if read and len(read[0]) == 1 else None
 
 
 def _call(value: Any, names: Collection[str], raw: str) -> ToolCall | None:
     if not isinstance(value, dict):
         return None
-    name = value.get("name")
+    inner = value.get("function")
+    value = inner if isinstance(inner, dict) else value
+    name = value.get("name", inner)
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some write the object as a string
         try:
