@@ -11,7 +11,7 @@ import pytest
 from conftest import write_jsonl
 from edgetune.errors import InputError
 from edgetune.runtime.conversation import Conversation
-from edgetune.runtime.prompt import read_prompt, read_schema, read_system
+from edgetune.runtime.prompt import read_grammar, read_prompt, read_schema, read_system, read_tools
 from edgetune.runtime.terminal import after_enter, piped_turns, printable, unquoted
 
 
@@ -133,9 +133,16 @@ def test_schema_from_file_or_text(tmp_path: Path) -> None:
     assert read_schema(str(tmp_path / "s.json")) == read_schema(' {"type": "object"}') == {"type": "object"}
     (tmp_path / "list.json").write_text("[]")
     for value, what in ((str(tmp_path / "list.json"), "is not a JSON object"), ("{nope", "is not JSON"),
-                        (str(tmp_path / "x.json"), "no such file")):  # fmt: skip
-        with pytest.raises(InputError, match=what):
+                        (str(tmp_path / "x.json"), "no such file"), (str(tmp_path), "is a folder"), ("[]", "is not a JSON object"),
+                        ("", "is empty")):  # fmt: skip
+        with pytest.raises(InputError, match=what) as caught:
             read_schema(value)
+        assert caught.value.where
+    for read in (read_tools, read_grammar):
+        with pytest.raises(InputError, match="is a folder"):
+            read(str(tmp_path))
+    with pytest.raises(InputError, match="must be a list"):
+        read_tools("{}")
 
 
 def test_a_system_prompt_is_a_file_or_the_text_itself(tmp_path: Path) -> None:

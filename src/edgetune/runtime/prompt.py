@@ -26,7 +26,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         text, where = argument, None
     elif file is not None:
         if not file.is_file():
-            raise InputError("no such file", where=file, fix="check the path; a pipe works too")
+            raise InputError(_missing(file), where=file, fix="check the path; a pipe works too")
         with file.open("rb") as stream:
             text, where = _text(stream.read(_MOST_BYTES + 1), str(file)), str(file)
     elif not sys.stdin.isatty():
@@ -59,38 +59,45 @@ def read_system(value: str) -> str:
 
 
 def read_schema(value: str) -> dict[str, Any]:
-    """A JSON Schema from a file, or from the JSON itself (which begins with `{`). Raises InputError."""
-    found, where = _json(value, "--json-schema", "{")
+    """A JSON Schema from a file, or from the JSON itself. Raises InputError."""
+    found, where = _json(value, "--json-schema")
     if not isinstance(found, dict):
         raise InputError("is not a JSON object", where=where, fix='such as {"type": "object"}')
     return found
 
 
 def read_tools(value: str) -> list[dict[str, Any]]:
-    """Descriptions of functions from a file, or from the JSON itself (which begins with `[`). Raises InputError."""
+    """Descriptions of functions from a file, or from the JSON itself. Raises InputError."""
     from edgetune.runtime.tools import checked_tools
 
-    return checked_tools(_json(value, "--tools", "[")[0])
+    return checked_tools(_json(value, "--tools")[0])
 
 
 def read_grammar(value: str) -> str:
     """A grammar from a file, or the grammar itself, which names its `start`. Raises InputError."""
     if "start" in value and ":" in value and not Path(value).is_file():
         return value
-    return _file(value, "a grammar with a rule `start`")
+    return _file(value, "--grammar", "a grammar with a rule `start`")
 
 
-def _json(value: str, where: str, begins: str) -> tuple[Any, str]:
-    if not value.lstrip().startswith(begins):
-        where, value = value, _file(value, "the JSON itself")
+def _json(value: str, option: str) -> tuple[Any, str]:
+    """What a JSON text says, or the file that is named; and its place."""
+    where = option
+    if not value.lstrip().startswith(("{", "[")):
+        where, value = value, _file(value, option, "the JSON itself")
     try:
         return json.loads(value), where
     except json.JSONDecodeError as error:
         raise InputError(f"is not JSON: {error}", where=where) from error
 
 
-def _file(name: str, otherwise: str) -> str:
+def _file(name: str, option: str, otherwise: str) -> str:
     path = Path(name)
-    if not path.is_file():
-        raise InputError("no such file", where=name, fix=f"give a file, or {otherwise}")
+    if not name.strip() or not path.is_file():
+        what = _missing(path) if name.strip() else "is empty"
+        raise InputError(what, where=name.strip() or option, fix=f"give a file, or {otherwise}")
     return _text(path.read_bytes(), name)
+
+
+def _missing(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "no such file"
