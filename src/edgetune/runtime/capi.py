@@ -136,10 +136,10 @@ class Model(_Owned):
 
 
 class Tokenizer(_Owned):
-    """A model's tokenizer and chat template."""
+    """The tokenizer and the chat template of a folder's model."""
 
-    def __init__(self, model: Model) -> None:
-        super().__init__("Tokenizer", _library().make("OgaCreateTokenizer", model.handle, slow=True))
+    def __init__(self, config: Config) -> None:
+        super().__init__("Tokenizer", _library().make("OgaCreateTokenizerFromConfig", config.handle, slow=True))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,10 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
                 for key, value in (PROVIDERS[provider].options or {}).items():
                     config.set_provider_option(PROVIDERS[provider].genai, key, value)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        model = og.Model(config)
-        loaded = Loaded(og, model, og.Tokenizer(model))
+        with ThreadPoolExecutor(1) as beside:  # the graph takes one core, the tokenizer half as long
+            tokenizer = beside.submit(lambda: og.Tokenizer(og.Config(str(artifact.path))))
+            model = og.Model(config)
+        loaded = Loaded(og, model, tokenizer.result())
     except RuntimeError as error:
         raise EdgetuneError(
             f"ONNX Runtime cannot load the artifact: {first_line(error)[:300]}",
