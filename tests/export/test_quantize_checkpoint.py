@@ -186,7 +186,7 @@ def _build(
         writer.int8,
         512,
         unsigned=unsigned,
-        say_zeros=provider != "cpu",
+        on_cpu=provider == "cpu",
         plain_lookup=plain,
     )
     return artifact

@@ -157,7 +157,7 @@ def _quantize_and_build(
             int8,
             context,
             unsigned=unsigned,
-            say_zeros=target.provider != "cpu",
+            on_cpu=target.provider == "cpu",
             plain_lookup="GatherBlockQuantized" in target.graph.forbidden_ops,
         )
     return peak, found

@@ -32,7 +32,7 @@ def finish(
     context: int,
     *,
     unsigned: bool = False,
-    say_zeros: bool = False,
+    on_cpu: bool = True,
     plain_lookup: bool = False,
 ) -> None:
     """Replace the stub embedding and the kernels, and write graph and data file anew, in place.
@@ -43,8 +43,9 @@ def finish(
         int8: full names of the matrices that are to be computed with int8 activations.
         context: the artifact's, in tokens: angles of rotary embeddings are kept for so many positions.
         unsigned: store these matrices as uint8.
-        say_zeros: write the zero points of an embedding that has none, too. CUDA takes them for 0, the CPU for the middle of
-            the codes (microsoft/onnxruntime issue 31692).
+        on_cpu: for ONNX Runtime's own CPU provider. For others the zero points of an embedding that has none are written, too: CUDA
+            takes them for 0, the CPU for the middle of the codes (microsoft/onnxruntime issue 31692). And scales stay as wide as
+            the graph's floats: OpenVINO wants them to be constants, not what a Cast makes of one.
         plain_lookup: write the embedding's numbers out in the graph's floats, for a provider that has no `GatherBlockQuantized`.
 
     Raises:
@@ -53,9 +54,10 @@ def finish(
     import onnx_ir as ir
 
     model = ir.load(graph_file)
-    _put_embedding(model.graph, graph_file, checkpoint, say_zeros=say_zeros, plain=plain_lookup)
+    _put_embedding(model.graph, graph_file, checkpoint, say_zeros=not on_cpu, plain=plain_lookup)
     put_kernels(model.graph, graph_file, int8, unsigned=unsigned)
-    halve_scales(model.graph)
+    if on_cpu:
+        halve_scales(model.graph)
     _trim_angles(model.graph, context)
     put_rows(model.graph)
     _save(model, graph_file)
