@@ -350,7 +350,7 @@ from edgetune.runtime.options import GenerationOptions
 
 KINDS = [
     {}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2, "prompt_logprobs": 1}, {"reuse": "fast"}, {"reuse": "off"},
-    {"regex": "[a-c]{2,4}"}, {"stop": ("a",)},
+    {"regex": "[a-c]{2,4}"}, {"stop": ("a",)}, {"json_schema": {"enum": [1, 2]}}, {"grammar": 'start: "a" "b"?'}, {"speculation": "on"},
     {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "frequency_penalty": 0.1},
 ]
 process, used = psutil.Process(), []
