@@ -194,10 +194,10 @@ class VerifySection(Section):
 class BenchSection(Section):
     """The measurement on this hardware."""
 
-    prompt_tokens: int = Field(256, ge=1, description="Length of each prompt.")
-    new_tokens: int = Field(64, ge=2, description="Tokens generated after each prompt.")
-    warmup: int = Field(1, ge=0, description="Rounds that are not counted.")
-    repetitions: int = Field(5, ge=1, description="Rounds that are counted, each with a prompt of its own.")
+    prompt_tokens: int = Field(256, ge=1, lt=10**7, description="Length of each prompt.")
+    new_tokens: int = Field(64, ge=2, lt=10**7, description="Tokens generated after each prompt.")
+    warmup: int = Field(1, ge=0, le=10_000, description="Rounds that are not counted.")
+    repetitions: int = Field(5, ge=1, le=10_000, description="Rounds that are counted, each with a prompt of its own.")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when not given.")
 
 
@@ -208,7 +208,9 @@ class BenchOptions(Section):
         (), description="ppN, tgN, ppN+tgM, chat, copy or standard; one prompt and answer when empty."
     )
     depths: tuple[int, ...] = Field((), description="Tokens that stand in the context already, for ppN and tgN.")
-    batch_sizes: tuple[int, ...] = Field((), description="Rows worked at together, for ppN and tgN.")
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        (), description="Rows worked at together, for ppN and tgN."
+    )
     prompts: str | None = Field(None, description="A file of your own prompts.")
     threads: tuple[int, ...] = Field((), description="Thread counts to measure in turn.")
     provider: str | None = Field(None, description="Execution provider, in place of the one that it was exported for.")
@@ -216,7 +218,7 @@ class BenchOptions(Section):
         None, description="The adapter that is on, of an artifact that carries some; its only one when not given."
     )
     stress: int = Field(0, ge=0, le=1024, description="Busy processes beside every second round.")
-    loads: int = Field(3, ge=0, description="How often loading is timed, from disk and from memory.")
+    loads: int = Field(3, ge=0, le=10_000, description="How often loading is timed, from disk and from memory.")
     use_profile: bool = Field(True, description="Run it with what `edgetune tune` measured on this machine.")
     speculation: Literal["auto", "on", "off"] = Field(
         "auto", description="Guessing tokens ahead in chat, copy and prompts."

@@ -139,9 +139,20 @@ def test_too_long_for_the_context(tiny_artifact: Path, tmp_path: Path):  # noqa:
     with pytest.raises(InputError) as caught:
         bench(tiny_artifact, section, tmp_path / "out")
     text = caught.value.text()
-    assert "250 prompt tokens and 7 new tokens are 257" in text and f"holds {MAX_LENGTH}" in text
+    assert "pp250+tg7 needs a context of 257 tokens" in text and f"holds {MAX_LENGTH}" in text
     assert not (tmp_path / "out").exists()
     assert bench(tiny_artifact, section.model_copy(update={"new_tokens": 6, "repetitions": 1}))["tokens"] == 6
+
+
+def test_what_does_not_fit_is_left_out_and_the_rest_is_measured(tiny_artifact: Path):  # noqa: F811
+    section = BenchSection(warmup=0, repetitions=1)
+    report = bench(tiny_artifact, section, None, BenchOptions(workloads=("pp300", "tg4", "copy"), loads=0))
+    assert [entry["name"] for entry in report["workloads"]] == ["tg4"]
+    drawn, asked = (text for text in report["warnings"] if "was not measured" in text)
+    assert drawn == "pp300 was not measured: pp300 needs a context of 301 tokens, the artifact's holds 256"
+    assert asked.startswith("copy was not measured: copy has a prompt of ")
+    with pytest.raises(InputError, match=r"copy has a prompt of (.|\n)*measure another workload"):
+        bench(tiny_artifact, section, None, BenchOptions(workloads=("copy",), loads=0))
 
 
 def test_wrong_artifact_is_explained_as_anywhere(tiny_artifact: Path, tmp_path: Path):  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from artifacts import tiny_artifact  # noqa: F401
 from conftest import edgetune
+from edgetune.cli import _terminated
 from edgetune.cli.bench import command
 from edgetune.errors import InputError
 from edgetune.files import read_json
 from edgetune.recipe import BenchSection
+from edgetune.runtime.bench import measure
 from edgetune.runtime.bench.report import schema
 
 
@@ -89,12 +92,41 @@ SERVICE = {"url": "http://127.0.0.1:9", "artifact": None}
         ({"speculation": "maybe"}, "--speculation: must be auto, on or off"),
         ({"speculation": "on"}, "speculation: is for chat, copy and prompts"),
         ({"exact": True, "workload": "pp8"}, "exact: is for chat, copy and prompts"),
+        ({"stress": 2000}, "--stress: input should be less than or equal to 1024, not 2000"),
+        ({"repetitions": 10**20}, "--repetitions: input should be less than or equal to 10000"),
+        ({"warmup": 10_001}, "--warmup: input should be less than or equal to 10000"),
+        ({"loads": 10_001}, "--loads: input should be less than or equal to 10000"),
+        ({"batch": "1000000"}, "--batch: takes whole numbers from 1 to 1,024"),
+        ({"depth": "9" * 5000}, "--depth: takes whole numbers from 0"),
+        ({"workload": ""}, "--workload: names nothing"),
+        ({"workload": " ,"}, "--workload: names nothing"),
+        ({"timeout": 5.0}, "--timeout: does not go with an artifact"),
+        ({**SERVICE, "timeout": float("inf")}, "timeout: must be over 0 and at most 86,400 s, not inf"),
+        ({**SERVICE, "timeout": float("nan")}, "timeout: must be over 0"),
+        ({**SERVICE, "timeout": 0.0}, "timeout: must be over 0"),
     ],
 )
 def test_each_wrong_option_is_named(tiny_artifact: Path, wrong: dict[str, Any], what: str):  # noqa: F811
     with pytest.raises(InputError) as caught:
         command(**{"artifact": tiny_artifact, **wrong})
     assert what in caught.value.text() and caught.value.fix
+
+
+@pytest.mark.parametrize("option", ["--stress", "--repetitions", "--warmup", "--loads"])
+def test_too_many_are_refused_at_once(tmp_path: Path, option: str):
+    done = edgetune("bench", tmp_path, option, "99999999999999999999")
+    assert done.returncode == 2 and option in done.stderr and "unexpected" not in done.stderr
+
+
+def test_a_signal_says_that_nothing_is_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def ended(*_: Any) -> None:
+        _terminated(signal.SIGTERM, None)
+
+    monkeypatch.setattr(measure, "bench", ended)
+    with pytest.raises(SystemExit) as caught:
+        command(Path("any"))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "ended by SIGTERM; nothing is kept: the report is made when all is measured\n"
 
 
 def test_help_names_no_number_that_the_recipe_owns():

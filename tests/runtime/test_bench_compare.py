@@ -185,6 +185,40 @@ def test_what_is_no_report(tiny_artifact: Path, tmp_path: Path, content: Any, wh
         compare(tiny_artifact, tmp_path / "r.json", SECTION)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("hardware", "cpu", "model"), 5),
+        (("versions",), 5),
+        (("files",), 5),
+        (("warnings",), 5),
+        (("peak_rss_mb",), "x"),
+        (("size_mb",), -1),
+        (("samples", 0, "decode_tokens_per_s"), "fast"),
+        (("samples", 0, "decode_tokens_per_s"), -1),
+        (("samples", 0, "prefill_tokens_per_s"), 0),
+        (("samples", 0, "prefill_tokens_per_s"), float("inf")),
+        (("samples", 0, "prefill_tokens_per_s"), float("nan")),
+        (("samples", 0, "itl_ms", 0), 10**400),
+        (("workloads", 0, "ttft_ms", "p50"), None),
+        (("target",), "artifact"),
+    ],
+)
+def test_a_damaged_report_is_refused_before_anything_is_measured(
+    tmp_path: Path, compared: tuple[dict[str, Any], Path], place: tuple[Any, ...], value: Any
+):
+    report = copy.deepcopy(compared[0])
+    at = report
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(report))
+    with pytest.raises(InputError, match="is no whole report: ") as caught:
+        compare(tmp_path / "nothing there", file, SECTION)
+    assert str(place[0]) in caught.value.what and caught.value.where == str(file) and caught.value.fix
+
+
 def test_page_needs_nothing_else(compared: tuple[dict[str, Any], Path]):
     report, out = compared
     text = (out / "report.html").read_text(encoding="utf-8")

@@ -270,6 +270,31 @@ def test_a_conversation_that_fills_the_context_is_no_failure():
     assert report["warnings"][0].startswith("2 conversations ended early") and "full" in report["warnings"][0]
 
 
+def takes_little(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    """A service whose context holds 20 words."""
+    if len(asked["messages"][0]["content"].split()) > 20:
+        send(handler, 400, {"error": {"message": "the prompt is too long"}})
+    else:
+        well(handler, asked)
+
+
+def test_what_the_service_does_not_take_is_left_out_and_the_rest_is_kept(tmp_path: Path):
+    options = BenchOptions(workloads=("pp64", "pp8+tg4", "copy"))
+    with service(takes_little) as (url, _):
+        report = bench_url(url, None, (1, 2), SECTION, tmp_path / "out", options)
+        with pytest.raises(
+            InputError, match=r"does not take copy: status 400: the prompt is too long(.|\n)*another workload"
+        ):
+            bench_url(url, None, (1,), SECTION, None, BenchOptions(workloads=("copy",)))
+    assert read_json(tmp_path / "out" / "report.json") == report
+    jsonschema.validate(report, schema(), cls=jsonschema.Draft202012Validator)
+    assert [entry["name"] for entry in report["workloads"]] == ["pp8+tg4, 1 client", "pp8+tg4, 2 clients"]
+    said = [text.split(":")[0] for text in report["warnings"] if "was not measured" in text]
+    assert said == [
+        f"{name}, {count} was not measured" for name in ("pp64", "copy") for count in ("1 client", "2 clients")
+    ]
+
+
 def half_as_fast(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
     time.sleep(0.08)
     well(handler, asked)

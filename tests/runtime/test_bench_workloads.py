@@ -14,7 +14,7 @@ from edgetune.errors import InputError
 from edgetune.recipe import BenchSection
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.traffic import weight_bytes
-from edgetune.runtime.bench.workloads import Workload, fitted, parse
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload, fitted, parse
 
 SECTION = BenchSection()
 
@@ -50,8 +50,15 @@ def test_any_name_is_read_or_refused(name: str):
 def test_what_does_not_fit():
     work = Workload("drawn", 50, 20)
     assert fitted([work], 70, "a")[0] == [work]
-    with pytest.raises(InputError, match="50 prompt tokens and 20 new tokens are 70, the artifact's context holds 69"):
+    with pytest.raises(DoesNotFit, match=r"pp50\+tg20 needs a context of 70 tokens, the artifact's holds 69"):
         fitted([work], 69, "a")
+    small = Workload("drawn", 20)
+    found, notes = fitted([work, small], 69, "a")
+    assert found == [small]
+    assert notes == ["pp50+tg20 was not measured: pp50+tg20 needs a context of 70 tokens, the artifact's holds 69"]
+    standard = parse(["standard"], (), (), None, SECTION)
+    found, notes = fitted(standard, 512, "a")
+    assert [one.name for one in found] == ["tg128", "tg128@d383", "chat", "copy"] and len(notes) == 5
     deep = Workload("drawn", 0, 10, depth=4096)
     found, notes = fitted([deep, Workload("drawn", 0, 10, depth=9999)], 100, "a")
     assert [one.depth for one in found] == [89] and found[0].length == 100 and len(notes) == 2

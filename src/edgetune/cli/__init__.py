@@ -39,7 +39,7 @@ from edgetune.cli import (
     unpack,
     verify,
 )
-from edgetune.cli._common import guarded
+from edgetune.cli._common import guarded, kept
 
 
 class _Guarded(TyperGroup):
@@ -88,7 +88,7 @@ for _group in (recipes, data, models, runs):
 
 
 def _terminated(number: int, frame: Any) -> None:
-    print(f"ended by {signal.Signals(number).name}; what was finished is kept", file=sys.stderr)
+    print(f"ended by {signal.Signals(number).name}; {kept()}", file=sys.stderr)
     sys.exit(128 + number)
 
 

@@ -10,16 +10,36 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from edgetune.errors import FAILED, INTERRUPTED, EdgetuneError, from_system_error
+from edgetune.errors import FAILED, INTERRUPTED, EdgetuneError, InputError, from_system_error
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 NoProfile = Annotated[
     bool, typer.Option("--no-profile", help="Leave aside what `edgetune tune` measured on this machine.")
 ]
+
+Section = TypeVar("Section", bound="BaseModel")
+
+_kept = ["what was finished is kept"]
+
+
+@contextlib.contextmanager
+def kept_if_ended(text: str) -> Iterator[None]:
+    """What is said of the work where a signal ends the block."""
+    _kept.append(text)
+    yield  # not undone by an exception: what says it comes after
+    _kept.pop()
+
+
+def kept() -> str:
+    """What is left of the work, where a signal ends the command now."""
+    return _kept[-1]
 
 
 @contextlib.contextmanager
@@ -30,7 +50,7 @@ def guarded() -> Iterator[None]:
     except EdgetuneError as error:
         _fail(error)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
+        print(f"interrupted; {kept()}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,6 +63,32 @@ def guarded() -> Iterator[None]:
             _crash()
         else:
             _fail(known)
+
+
+def section_of(kind: type[Section], given: dict[str, Any], named: dict[str, str] | None = None) -> Section:
+    """A part of the recipe from options; what is None is left to its default.
+
+    Args:
+        given: by the names that the recipe has them under.
+        named: options that are called otherwise.
+
+    Raises:
+        InputError: a value that cannot be, with the option's name.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [part for part in first["loc"] if isinstance(part, str)] or ["options"]
+        what = f"{first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
+        raise InputError(what, where=option(names[-1], named), fix="see --help for what it takes") from error
+
+
+def option(name: str, named: dict[str, str] | None = None) -> str:
+    """The option that sets what the recipe calls so."""
+    return f"--{(named or {}).get(name, name).replace('_', '-')}"
 
 
 def _fail(error: EdgetuneError) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edgetune.cli._common import Json, NoProfile, print_json, print_table
+from edgetune.cli._common import Json, NoProfile, kept_if_ended, option, print_json, print_table, section_of
 from edgetune.cli._generation import ADAPTER
 
 if TYPE_CHECKING:
     from edgetune.recipe import BenchOptions, BenchSection
 
+_NAMES = {"depths": "depth", "batch_sizes": "batch", "use_profile": "no-profile", "workloads": "workload"}
+_ROUNDS = 10_000
 _UNSET = "; the recipe's default when not given."
 _WORK, _WAYS, _COMPARE, _HTTP, _OUTPUT = "What is measured", "How", "Comparing", "A service", "What comes out"
 
@@ -56,10 +58,10 @@ def command(
         int | None, typer.Option(min=2, help=f"Tokens generated after each prompt{_UNSET}", rich_help_panel=_WORK)
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help=f"Rounds that are not counted{_UNSET}", rich_help_panel=_WAYS)
+        int | None, typer.Option(min=0, max=_ROUNDS, help=f"Rounds that are not counted{_UNSET}", rich_help_panel=_WAYS)
     ] = None,
     repetitions: Annotated[
-        int | None, typer.Option(min=1, help=f"Rounds that are counted{_UNSET}", rich_help_panel=_WAYS)
+        int | None, typer.Option(min=1, max=_ROUNDS, help=f"Rounds that are counted{_UNSET}", rich_help_panel=_WAYS)
     ] = None,
     threads: Annotated[
         str | None,
@@ -87,11 +89,15 @@ def command(
     ] = False,
     stress: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Busy processes beside every second round.", rich_help_panel=_WAYS),
+        typer.Option(
+            metavar="N", min=0, max=1024, help="Busy processes beside every second round.", rich_help_panel=_WAYS
+        ),
     ] = None,
     loads: Annotated[
         int | None,
-        typer.Option(min=0, help="How often loading is timed, from disk and from memory.", rich_help_panel=_WAYS),
+        typer.Option(
+            min=0, max=_ROUNDS, help="How often loading is timed, from disk and from memory.", rich_help_panel=_WAYS
+        ),
     ] = None,
     compare: Annotated[
         str | None,
@@ -132,8 +138,9 @@ def command(
         typer.Option(metavar="N,…", help="With --url: clients at once.", rich_help_panel=_HTTP),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="With --url: seconds of silence that are borne.", rich_help_panel=_HTTP)
-    ] = 300.0,
+        float | None,
+        typer.Option(help="With --url: seconds of silence that are borne, 300 when not given.", rich_help_panel=_HTTP),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -184,9 +191,9 @@ def command(
         )
     lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "warmup": warmup, "repetitions": repetitions}
     ways = {
-        "workloads": None if workload is None else tuple(name.strip() for name in workload.split(",") if name.strip()),
+        "workloads": _workloads(workload),
         "depths": _numbers("--depth", depth, 0),
-        "batch_sizes": _numbers("--batch", batch, 1),
+        "batch_sizes": _numbers("--batch", batch, 1, 1024),
         "prompts": None if prompts is None else str(prompts),
         "threads": _numbers("--threads", threads, 1),
         "provider": provider,
@@ -198,15 +205,20 @@ def command(
         "exact": exact or None,
     }
     given = _Given(lengths, ways, out)
+    nothing = kept_if_ended("nothing is kept: the report is made when all is measured")
     if artifact is None:
         allowed = {"prompts", "workloads", "depths"}
         _only("--url", {name: value for name, value in ways.items() if name not in allowed})
         _only("a saved report", {"compare_model": compare_model if "://" not in (compare or "://") else None})
         clients = _numbers("--concurrency", concurrency, 1) or (1,)
-        report = _of_service(str(url), model, compare, compare_model, clients, timeout, given)
+        silence = 300.0 if timeout is None else timeout
+        with nothing:
+            report = _of_service(str(url), model, compare, compare_model, clients, silence, given)
     else:
-        _only("an artifact", {"model": model, "concurrency": concurrency, "compare_model": compare_model})
-        report = _of_artifact(artifact, compare, given)
+        others = {"model": model, "concurrency": concurrency, "compare_model": compare_model, "timeout": timeout}
+        _only("an artifact", others)
+        with nothing:
+            report = _of_artifact(artifact, compare, given)
     _print(report, "json" if json else format)
     if expect_tokens is not None:
         expect(report, expect_tokens)
@@ -228,7 +240,11 @@ class _Given:
         """Section, folder and options, as the benchmark takes them. Raises InputError."""
         from edgetune.recipe import BenchOptions, BenchSection
 
-        return BenchSection(**_given(self.lengths)), self.out, BenchOptions(**_given(self.ways))
+        return (
+            section_of(BenchSection, self.lengths, _NAMES),
+            self.out,
+            section_of(BenchOptions, self.ways, _NAMES),
+        )
 
 
 def _of_service(
@@ -273,30 +289,37 @@ def _speculation(given: str | None) -> str | None:
     return given
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _only(what: str, options: dict[str, Any]) -> None:
     from edgetune.errors import InputError
 
-    names = {"depths": "depth", "batch_sizes": "batch", "use_profile": "no-profile"}
     for name, value in options.items():
         if value is not None:
-            where = f"--{names.get(name, name).replace('_', '-')}"
-            raise InputError(f"does not go with {what}", where=where, fix="leave it out")
+            raise InputError(f"does not go with {what}", where=option(name, _NAMES), fix="leave it out")
 
 
-def _numbers(option: str, text: str | None, least: int) -> tuple[int, ...] | None:
+def _workloads(text: str | None) -> tuple[str, ...] | None:
+    from edgetune.errors import InputError
+
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError("names nothing", where="--workload", fix="such as pp512,tg128; leave it out for one prompt")
+    return names
+
+
+def _numbers(option: str, text: str | None, least: int, most: int = 10**7 - 1) -> tuple[int, ...] | None:
     """`1,2,4` as numbers. Raises InputError."""
     from edgetune.errors import InputError
 
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and least <= int(part) < 10**7 for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 and least <= int(part) <= most for part in parts):
         raise InputError(
-            f"takes whole numbers from {least} with commas between, not {text!r}", where=option, fix="such as 1,2,4"
+            f"takes whole numbers from {least} to {most:,} with commas between, not {text!r}",
+            where=option,
+            fix="such as 1,2,4",
         )
     return tuple(dict.fromkeys(int(part) for part in parts))
 

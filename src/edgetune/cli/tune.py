@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli._common import Json, print_json, print_table
+from edgetune.cli._common import Json, kept_if_ended, print_json, print_table
 
 if TYPE_CHECKING:
     from edgetune.runtime.artifact import Artifact
@@ -49,22 +49,31 @@ def command(
 
     if show and forget:
         raise InputError("--show and --forget exclude each other", fix="give one of them")
+    if forget and out is not None:
+        raise InputError("does not go with --forget", where="--out", fix="leave it out")
     if out is not None and out.is_dir():
         raise InputError("is a folder", where=out, fix="name a file for the profile")
     found = open_artifact(artifact)
     path = profile_path(found)
     if forget:
-        say("forgotten" if path.exists() else "there was no device profile")
+        there = path.exists()
         path.unlink(missing_ok=True)
+        if json:
+            print_json({"forgotten": there, "file": path})
+        else:
+            say("forgotten" if there else "there was no device profile")
         return
     if show:
         profile = _kept(found)
     else:
-        with lease(found.path, "edgetune tune"):
+        with (
+            lease(found.path, "edgetune tune"),
+            kept_if_ended("nothing is kept: the profile is made when all is measured"),
+        ):
             profile = tune(found, seconds, under_load=stress)
         save(profile, path)
-        if out is not None:
-            save(profile, out)
+    if out is not None:
+        save(profile, out)
     if json:
         print_json({**profile.as_dict(), "file": path})
         return
@@ -97,6 +106,9 @@ def _print(profile: Profile) -> None:
     states = [state for state in ("quiet", "loaded") if state in measured["before"]]
     columns = ("", *(f"{what}, {_STATES[state]}" for state in states for what in ("prefill", "decode")), "peak memory")
     print_table(columns, [_rates(name, measured[name], states) for name in ("before", "after")])
+    if (net := measured.get("net")) is not None:
+        typer.echo()
+        typer.echo(_net(net))
     if costs := profile.settings.row_costs:
         typer.echo()
         shown = ", ".join(f"{rows} tokens {cost:.2f} steps" for rows, cost in costs.items())
@@ -113,6 +125,12 @@ def _factors(found: dict[str, Any] | None) -> tuple[str, str]:
 
 def _factor(found: dict[str, Any] | None, name: str) -> str:
     return f"{found[name]:.2f}×" if found else "-"
+
+
+def _net(factor: float) -> str:
+    if factor > 1:
+        return f"all that was kept: {factor:.2f} times as fast as plain settings"
+    return f"all of it together is no faster ({factor:.2f} times as fast as plain settings), so plain settings are kept"
 
 
 def _verdict(row: dict[str, Any]) -> str:

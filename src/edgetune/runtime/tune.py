@@ -29,10 +29,12 @@ _PAIRS, _LEAST_PAIRS = 6, 3
 _LOADED = (32, 8)  # tokens of a round on a busy machine, where all may be twenty times slower
 _STATE_S = 8.0  # for the rounds of one setting, on a quiet machine and on a busy one; two rounds are made in any case
 _ROWS = (1, 2, 4, 8, 16)  # tokens that are read at once, to learn what guessing ahead costs
+_COST_ROUNDS = 3
 _ROUND_S = 0.5  # a round is shortened to this where the model is slow
 _GAIN = 0.01  # what the quarter of rounds that speaks least for a setting must still show
 _HOPELESS = 0.85  # a setting that is so much slower on a quiet machine is not tried on a busy one
 _TRIALS = 0.65  # the share of the time that is for trials
+_COSTS = 0.75  # and up to where reading several tokens at once is measured, which takes one round in any case
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def tune(artifact: Artifact, seconds: float = SECONDS, under_load: bool = True) 
 
     Returns:
         The profile, not saved yet. `measured` has `trials` (name, settings, quiet and loaded factors, kept, note),
-        `before` and `after` (tokens/s quiet and loaded, peak_rss_mb), `guessing` (see `_Work.row_costs`), `seconds`,
-        `round` (tokens, on a quiet and on a busy machine) and `busy_programs`.
+        `before` and `after` (tokens/s quiet and loaded, peak_rss_mb), `net` (how many times as fast what was kept is in
+        all, None where nothing was; at 1 or less the profile's settings are plain ones), `guessing` (see
+        `_Work.row_costs`), `seconds`, `round` (tokens, on a quiet and on a busy machine) and `busy_programs`.
 
     Raises:
         InputError: the artifact cannot run here, or there is no memory for two of it.
@@ -149,15 +152,18 @@ def tune(artifact: Artifact, seconds: float = SECONDS, under_load: bool = True) 
             shown.advance(note=f"{trial.name}: {'kept' if row['kept'] else row.get('note', 'no better')}")
         costs, guessing = work.row_costs(best)
         before = best if settings == plain else work.start(plain, stack)
+        rates, net = work.before_and_after(before, best)
         measured = {
             "trials": rows,
             "round": {"quiet": asdict(work.quiet), "loaded": asdict(work.loaded)},
             "busy_programs": work.cores if under_load else 0,
             "guessing": guessing,
-            **work.before_and_after(before, best),
+            **rates,
+            "net": net,
             "seconds": round(time.monotonic() - work.began, 1),
         }
-    settings = replace(settings, row_costs=costs)
+    # Each was better than the best before it; whether all are better than none is another question.
+    settings = replace(settings if net is None or net > 1 else plain, row_costs=costs)
     return Profile(artifact_digest(artifact), artifact.name, cpu(), engine(), settings, measured)
 
 
@@ -179,9 +185,12 @@ class _Work:
         self.quiet = Workload("drawn", min(self.quiet.prompt, prompt), min(self.quiet.new, new))
         self.loaded = Workload("drawn", min(self.quiet.prompt, _LOADED[0]), min(self.quiet.new, _LOADED[1]))
 
-    def over(self) -> bool:
-        """Whether the time for trials is up."""
-        return time.monotonic() - self.began > _TRIALS * self.seconds
+    def over(self, share: float = _TRIALS) -> bool:
+        """Whether this share of the time is up; that for trials when not given."""
+        return self._left(share) < 0
+
+    def _left(self, share: float) -> float:
+        return share * self.seconds - (time.monotonic() - self.began)
 
     def start(self, settings: Settings, stack: contextlib.ExitStack) -> Worker:
         """A process with the artifact, warm by one round, that ends with `stack`."""
@@ -194,6 +203,10 @@ class _Work:
 
     def size(self, worker: Worker) -> None:
         """Shorten the rounds where the model is slow. Raises InputError where memory would not hold it twice."""
+        worker.prepare(self.loaded, 0, 1)
+        times = (self.quiet.prompt + self.quiet.new) / (self.loaded.prompt + self.loaded.new)
+        guess = times * _whole(worker.round(0)) / 1e3
+        self._shorten(min(1.0, 10 * _ROUND_S / guess))  # one whole round may take half of the time already
         worker.prepare(self.quiet, 0, 1)
         whole = _whole(worker.round(0)) / 1e3
         needed, free = worker.peak_rss_mb, hardware()["memory"]["available_mb"]
@@ -228,7 +241,7 @@ class _Work:
         """Rounds of both in turn; those under load only where they can matter."""
         quiet, middle = Ratios([], [], [], True), 1.0
         self._prepare(self.quiet, best, other)
-        end = time.monotonic() + _STATE_S
+        end = time.monotonic() + min(_STATE_S, self._left(_COSTS))
         for number in range(_PAIRS):
             quiet = self._pair(best, other, quiet, number)
             middle = statistics.median(quiet.whole)
@@ -237,7 +250,7 @@ class _Work:
                 break
         if not (under_load and self.under_load and quiet.same_tokens and middle > _HOPELESS):
             return quiet, None
-        loaded, end = Ratios([], [], [], True), time.monotonic() + _STATE_S
+        loaded, end = Ratios([], [], [], True), time.monotonic() + min(_STATE_S, self._left(_COSTS))
         self._prepare(self.loaded, best, other)
         with stress(self.cores):
             for number in range(_PAIRS):
@@ -265,41 +278,64 @@ class _Work:
     def row_costs(self, best: Worker) -> tuple[dict[int, float] | None, dict[str, int] | None]:
         """What reading several tokens at once costs, in steps, and how many of how many next tokens it changes."""
         room = self.artifact.max_length - 2 * _ROWS[-1] - 1
-        new = min(_QUIET[1], room // 2)
+        new = min(max(self.quiet.new, _ROWS[-1]), room // 2)
         if new < _ROWS[-1]:
             return None, None
-        self._prepare(Workload("drawn", min(_QUIET[0], room - new), new), best)
-        found = [best.rows(number, _ROWS) for number in range(3)]
-        if any(entry is None for entry in found):
-            return None, None
-        times = [min(ms) for ms in zip(*(entry["ms"] for entry in found if entry), strict=True)]
+        self._prepare(Workload("drawn", min(self.quiet.prompt, room - new), new), best)
+        found = []
+        for number in range(_COST_ROUNDS):
+            if number and self.over(_COSTS):
+                break
+            entry = best.rows(number, _ROWS)
+            if entry is None:
+                return None, None
+            found.append(entry)
+        times = [min(ms) for ms in zip(*(entry["ms"] for entry in found), strict=True)]
         costs = {count: round(ms / times[0], 3) for count, ms in zip(_ROWS, times, strict=True)}
-        return costs, {name: sum(entry[name] for entry in found if entry) for name in ("differ", "of")}
+        return costs, {name: sum(entry[name] for entry in found) for name in ("differ", "of")}
 
-    def before_and_after(self, before: Worker, after: Worker) -> dict[str, Any]:
-        """Rates of both, measured in turn, on a quiet and on a busy machine."""
+    def before_and_after(self, before: Worker, after: Worker) -> tuple[dict[str, Any], float | None]:
+        """Rates of both, measured in turn, on a quiet and on a busy machine, and how many times as fast the second is.
+
+        Args:
+            after: the same as `before` where no setting was kept; it is measured once then, and no factor told.
+        """
         found: dict[str, Any] = {"before": {}, "after": {}}
-        for state, load, work in (("quiet", 0, self.quiet), ("loaded", self.cores, self.loaded)):
-            if load and not self.under_load:
-                continue
-            self._prepare(work, before, after)
-            made: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-            end = time.monotonic() + _STATE_S
-            with stress(load):
-                for number in range(_PAIRS):
-                    if number > 1 and time.monotonic() > end:
-                        break
-                    for name, worker in (("before", before), ("after", after)):
-                        made[name] += worker.round(number)
-            for name, worker in (("before", before), ("after", after)):
-                prefill = statistics.median(work.prompt / entry["ttft_ms"] * 1e3 for entry in made[name])
-                decode = statistics.median((work.new - 1) / sum(entry["itl_ms"]) * 1e3 for entry in made[name])
+        both = {"before": before} if before is after else {"before": before, "after": after}
+        factors = []
+        states = [("quiet", 0, self.quiet), ("loaded", self.cores, self.loaded)][: 1 + self.under_load]
+        for number, (state, load, work) in enumerate(states):
+            left = self._left(1.0) / (len(states) - number)
+            made = self._in_turn(both, work, load, min(_STATE_S, left))
+            for name, samples in made.items():
+                prefill = statistics.median(work.prompt / entry["ttft_ms"] * 1e3 for entry in samples)
+                decode = statistics.median((work.new - 1) / sum(entry["itl_ms"]) * 1e3 for entry in samples)
                 found[name][state] = {
                     "prefill_tokens_per_s": round(prefill, 1),
                     "decode_tokens_per_s": round(decode, 1),
                 }
-                found[name].setdefault("peak_rss_mb", worker.peak_rss_mb)
-        return found
+                found[name].setdefault("peak_rss_mb", both[name].peak_rss_mb)
+            if before is not after:
+                pairs = zip(made["before"], made["after"], strict=True)
+                factors.append(statistics.median(_whole([old]) / _whole([new]) for old, new in pairs))
+        if before is after:
+            return {**found, "after": found["before"]}, None
+        return found, round(statistics.geometric_mean(factors), 3)
+
+    def _in_turn(
+        self, workers: dict[str, Worker], work: Workload, load: int, seconds: float
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Samples of each worker by its name, over rounds that take about so long; one is made in any case."""
+        self._prepare(work, *workers.values())
+        made: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        end = time.monotonic() + seconds
+        with stress(load):
+            for number in range(_PAIRS):
+                if number and time.monotonic() > end:
+                    break
+                for name, worker in workers.items():
+                    made[name] += worker.round(number)
+        return made
 
 
 def _whole(samples: list[dict[str, Any]]) -> float:

@@ -12,7 +12,7 @@ from edgetune.errors import InputError
 from edgetune.runtime.artifact import NO_ADAPTER
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.sample import ms, sha256
-from edgetune.runtime.bench.workloads import Workload
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload
 from edgetune.runtime.providers import named
 
 if TYPE_CHECKING:
@@ -53,13 +53,32 @@ class Asked:
         """Draw the conversations of all rounds, warm-ups first. Returns how many rounds there are.
 
         Of a file, each prompt is asked once in a round.
+
+        Raises:
+            DoesNotFit: the context does not hold a conversation's first prompt and a token of the answer.
         """
         self._work, self._last = work, -1
         own = None if work.file is None else prompts.read_prompts(Path(work.file))
         self._rounds = [prompts.talks(work.kind, name, own) for name in prompts.round_names(warmup, repetitions)]
         for number in range(warmup if own else 0):  # other words, which leave nothing of the file's in a cache
             self._rounds[number] = [prompts.talks("chat", f"warm-up {number}")[0][:1]]
+        for part in self._rounds:
+            for talk in part:
+                self._check(talk[0])
         return len(self._rounds)
+
+    def _check(self, prompt: prompts.Conversation | str) -> None:
+        length, context = len(self._ids(prompt)), self._session.artifact.max_length
+        if length < context:
+            return
+        what = f"{self._work.name} has a prompt of {length:,} tokens, the artifact's context holds {context:,}, the answer included"
+        fix = "shorten it" if self._work.file else "measure another workload"
+        raise DoesNotFit(
+            what, where=self._work.file or "workloads", fix=f"{fix}, or export with a larger export.max_length"
+        )
+
+    def _ids(self, prompt: Any) -> list[int]:
+        return self._session.encode(prompt if isinstance(prompt, str) else self._session.render(prompt))
 
     def round(self, number: int) -> list[dict[str, Any]]:
         """A sample for each answer. A conversation ends where the context does."""
@@ -86,7 +105,7 @@ class Asked:
         from edgetune.runtime.options import GenerationOptions
 
         session = self._session
-        ids = session.encode(prompt if isinstance(prompt, str) else session.render(prompt))
+        ids = self._ids(prompt)
         options = GenerationOptions(max_tokens=self._work.new, temperature=0, **self._how)
         read = [0.0]
 

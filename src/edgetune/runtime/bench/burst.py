@@ -13,7 +13,7 @@ from typing import Any
 
 from edgetune import progress
 from edgetune.errors import EdgetuneError
-from edgetune.runtime.bench.client import Answer, Service, ask
+from edgetune.runtime.bench.client import Answer, Service, ask, not_taken, refusal
 from edgetune.runtime.bench.prompts import Conversation, read_prompts, talks, words_prompt
 from edgetune.runtime.bench.watch import Meter
 from edgetune.runtime.bench.workloads import Workload
@@ -101,6 +101,7 @@ def take_turns(
         services: each with its process, where that is known.
 
     Raises:
+        DoesNotFit: one of them refused all of it.
         EdgetuneError: one of them answered nothing.
     """
     levels = [Level(asked.work, clients) for _ in services]
@@ -117,6 +118,8 @@ def take_turns(
             levels[index].refused += [reply.answer.error or "" for part in came for reply in part if reply.refused]
     for (service, pid), level, meter in zip(services, levels, meters, strict=True):
         replies = [reply for part in level.rounds for reply in part]
+        if all(not_taken(reply.answer) for reply in replies):
+            raise refusal(service, replies[0].answer, asked.work.name)
         if all(reply.answer.error for reply in replies):
             what = f"no request of {clients} at once was answered: {replies[0].answer.error}"
             raise EdgetuneError(what, where=service.base)
@@ -167,7 +170,7 @@ def _asked(service: Service, asked: Talks, which: tuple[int, int, int]) -> Itera
             said, turn = [*said, *messages], turn + 1
             answer = ask(service, said, asked.new)
             later = len(said) > len(messages)
-            yield Reply(which[0] + 1, turn, said, answer, later and (answer.error or "").startswith("status 400"))
+            yield Reply(which[0] + 1, turn, said, answer, later and not_taken(answer))
             if answer.error:
                 break
             said = [*said, {"role": "assistant", "content": answer.text}]

@@ -17,9 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.runtime.bench.workloads import DoesNotFit
 
 _KEY = "OPENAI_API_KEY"
 _MOST_BYTES = 8 << 20
+_LONGEST_S = 86_400.0  # of silence
 _MOST_PIECES = 8  # a token: a service that does not end is left
 _START = "start it first (`edgetune serve ARTIFACT`), and check host and port"
 
@@ -76,8 +78,12 @@ def connect(url: str, model: str | None, timeout_s: float) -> Service:
 
     Raises:
         InputError: it is no address, nobody answers there, it is not OpenAI-compatible, wants a key, or has several
-            models or not this one.
+            models or not this one; a timeout that cannot be.
     """
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise InputError(
+            f"must be over 0 and at most {_LONGEST_S:,.0f} s, not {timeout_s}", where="timeout", fix="such as 300"
+        )
     fix = "such as http://127.0.0.1:8080"
     try:
         parts = urlsplit(url)
@@ -226,19 +232,33 @@ def _usage(event: dict[str, Any], answer: Answer) -> None:
         answer.cached_tokens = details["cached_tokens"]
 
 
-def checked(service: Service, answer: Answer) -> Service | None:
+def checked(service: Service, answer: Answer, name: str) -> Service | None:
     """What to do after the first answer: None where all is well, else the service asked in another way.
 
     Raises:
+        DoesNotFit: it refused the workload of this name.
         EdgetuneError: it failed, and no other way is known.
     """
     if answer.error is None:
         return None
-    if service.usage and answer.error.startswith(("status 400", "status 422")) and "stream_options" in answer.error:
+    if service.usage and not_taken(answer) and "stream_options" in answer.error:
         return Service(service.base, service.model, service.timeout_s, usage=False)
+    if not_taken(answer):
+        raise refusal(service, answer, name)
     raise EdgetuneError(
         f"the service does not answer: {answer.error}", where=service.base, fix="see what it says itself; check --model"
     )
+
+
+def not_taken(answer: Answer) -> bool:
+    """Whether the service refused the request itself, as it does where its context does not hold it."""
+    return (answer.error or "").startswith(("status 400", "status 413", "status 422"))
+
+
+def refusal(service: Service, answer: Answer, name: str) -> DoesNotFit:
+    """The error of a workload that a service does not take."""
+    fix = "see what it says itself; check --model, take fewer prompt tokens or new tokens, or another workload"
+    return DoesNotFit(f"the service does not take {name}: {answer.error}", where=service.base, fix=fix)
 
 
 def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:

@@ -37,7 +37,7 @@ from edgetune.runtime.bench.report import (
 from edgetune.runtime.bench.sample import sha256
 from edgetune.runtime.bench.schedule import Rounds
 from edgetune.runtime.bench.watch import MemoryCurve
-from edgetune.runtime.bench.workloads import Workload, parse
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload, left_out, parse
 from edgetune.runtime.hardware import hardware, load_average, versions
 
 _MOST_CLIENTS = 1024
@@ -102,6 +102,7 @@ def measured_services(
     """Reports of services; of several, each round is asked of one after the other, in changing order.
 
     Raises:
+        DoesNotFit: one of them refuses all of it; of several workloads those that are refused are left out.
         EdgetuneError: one of them gives no answer.
     """
     before, machine = load_average(), hardware()
@@ -109,32 +110,55 @@ def measured_services(
     counts = list(dict.fromkeys(clients))
     requests = section.repetitions * sum(talks[work].requests(count) for work in works for count in counts)
     with progress.task("bench", total=len(services) * (section.warmup + requests)) as shown:
-        ready = [_warmed(service, talks[works[0]], section, shown) for service in services]
+        ready = [_warmed(service, [talks[work] for work in works], section, shown) for service in services]
         pids = [_listener(service.base) for service in ready]
         curves = [MemoryCurve(pid) if pid else None for pid in pids]
         levels: list[list[Level]] = [[] for _ in ready]
+        missed: dict[str, DoesNotFit] = {}
         for work in works:
             for count in counts:
                 for curve in filter(None, curves):
                     curve.mark(_name(work, count))
-                turns = take_turns(list(zip(ready, pids, strict=True)), talks[work], count, section.repetitions, shown)
+                asked = list(zip(ready, pids, strict=True))
+                try:
+                    turns = take_turns(asked, talks[work], count, section.repetitions, shown)
+                except DoesNotFit as error:
+                    missed[_name(work, count)] = error
+                    continue
                 for kept, level in zip(levels, turns, strict=True):
                     kept.append(level)
+    if not levels[0]:
+        raise next(iter(missed.values()))
+    notes = [left_out(name, error.what) for name, error in missed.items()]
     around = {"hardware": machine_now(machine), "load_average": {"before": before, "after": load_average()}}
     return [
-        _report(service, found, section, around, [curve.stop()] if curve else [])
+        _report(service, found, section, around, [curve.stop()] if curve else [], notes)
         for service, found, curve in zip(ready, levels, curves, strict=True)
     ]
 
 
-def _warmed(service: Service, asked: Talks, section: BenchSection, shown: progress.Task) -> Service:
-    """Ask once at least, so that a service that cannot answer is told of before it is measured."""
+def _warmed(service: Service, talks: Sequence[Talks], section: BenchSection, shown: progress.Task) -> Service:
+    """Ask once at least, so that a service that cannot answer is told of before it is measured.
+
+    It is asked for the first of the workloads that it takes.
+    """
     for number in range(max(1, section.warmup)):
-        while (other := checked(service, ask(service, asked.warmup(number), asked.new))) is not None:
-            service = other
+        for asked in talks:
+            try:
+                while (other := _asked_once(service, asked, number)) is not None:
+                    service = other
+            except DoesNotFit:
+                if asked is talks[-1]:
+                    raise
+            else:
+                break
         if section.warmup:
             shown.advance()
     return service
+
+
+def _asked_once(service: Service, asked: Talks, number: int) -> Service | None:
+    return checked(service, ask(service, asked.warmup(number), asked.new), asked.work.name)
 
 
 def _report(
@@ -143,6 +167,7 @@ def _report(
     section: BenchSection,
     around: dict[str, Any],
     memory: list[dict[str, Any]],
+    notes: list[str],
 ) -> dict[str, Any]:
     entries, samples = [], []
     for level in levels:
@@ -173,7 +198,7 @@ def _report(
         "workloads": entries,
         "memory": memory,
         "samples": samples,
-        "warnings": [*_notes(answers, levels), *noise(entries, around["hardware"]["cpu"]["logical_cores"])],
+        "warnings": [*notes, *_notes(answers, levels), *noise(entries, around["hardware"]["cpu"]["logical_cores"])],
         **dict.fromkeys(("scaling", "stress", "comparison")),
     }
 
@@ -235,8 +260,10 @@ def _sample(reply: Reply, work: Workload) -> dict[str, Any]:
         "itl_ms": [round((b - a) * 1e3, 3) for a, b in pairwise(answer.stamps)],
         "tpot_ms": None if tpot is None else round(tpot * 1e3, 4),
         "e2e_ms": round((answer.ended - answer.sent) * 1e3, 3),
-        "prefill_tokens_per_s": round(answer.prompt_tokens / first, 3) if first and answer.prompt_tokens else None,
-        "decode_tokens_per_s": round(1 / tpot, 3) if tpot else None,
+        "prefill_tokens_per_s": (round(answer.prompt_tokens / first, 3) or None)
+        if first and answer.prompt_tokens
+        else None,
+        "decode_tokens_per_s": (round(1 / tpot, 3) or None) if tpot else None,
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
         "new_tokens": tokens,

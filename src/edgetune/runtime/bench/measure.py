@@ -26,7 +26,7 @@ from edgetune.runtime.bench.schedule import Run, take_turns
 from edgetune.runtime.bench.statistics import ratio, summary
 from edgetune.runtime.bench.text import as_csv, as_markdown
 from edgetune.runtime.bench.traffic import weight_bytes
-from edgetune.runtime.bench.workloads import Workload, check_guessing, fitted, parse
+from edgetune.runtime.bench.workloads import Workload, check_guessing, fitted, left_out, parse
 from edgetune.runtime.hardware import bandwidth_gb_s, hardware, load_average, versions
 
 
@@ -43,10 +43,11 @@ def bench(
             that of the measuring process.
 
     Returns:
-        The report, as `schema.json` describes it. Times in ms or s, sizes in MB (10^6 bytes).
+        The report, as `schema.json` describes it. Times in ms or s, sizes in MB (10^6 bytes). What does not fit into the
+        artifact's context is left out, with a warning.
 
     Raises:
-        InputError: no sound artifact, no such adapter, a missing provider, or work that does not fit into its context.
+        InputError: no sound artifact, no such adapter, a missing provider, or nothing of the work fits into its context.
         EdgetuneError: the measuring process died.
     """
     writable(out, artifact)
@@ -91,7 +92,8 @@ def measured(jobs: Sequence[Job], section: BenchSection, options: BenchOptions) 
     for run, load in zip(runs, loads, strict=True):
         report = _report(run, section, around)
         report["load"], report["load_average"] = load, averages
-        report["warnings"] = [*notes, *report["warnings"]]
+        missed = [left_out(name, error.what) for name, error in run.missed.items()]
+        report["warnings"] = [*notes, *missed, *report["warnings"]]
         if options.stress:
             report["stress"] = _stressed(run, options.stress, float(machine["cpu"]["usable_cores"]))
         reports.append(report)

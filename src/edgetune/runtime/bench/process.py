@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgetune.errors import EdgetuneError, InputError
-from edgetune.runtime.bench.workloads import Workload
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload
 
 _COMMAND = (sys.executable, "-P", "-m", "edgetune.runtime.bench.worker")
 
@@ -92,7 +92,10 @@ class Worker:
         return facts
 
     def prepare(self, work: Workload, warmup: int, repetitions: int) -> int:
-        """Get the rounds of a workload ready, warm-ups first. Returns how many there are."""
+        """Get the rounds of a workload ready, warm-ups first. Returns how many there are.
+
+        Raises DoesNotFit where the context does not hold it; the process goes on.
+        """
         self.peak_rss_mb, self.peak_pss_mb = 0.0, None
         self._tell({"prepare": asdict(work), "warmup": warmup, "repetitions": repetitions})
         return int(self._answer()["rounds"])
@@ -142,7 +145,8 @@ def run_job(
 
 
 def _explained(kind: str, what: str, where: str | None, fix: str | None) -> EdgetuneError:
-    return (InputError if kind == "input" else EdgetuneError)(what, where=where, fix=fix)
+    kinds: dict[str, type[EdgetuneError]] = {"unfit": DoesNotFit, "input": InputError}
+    return kinds.get(kind, EdgetuneError)(what, where=where, fix=fix)
 
 
 def _died(code: int, errors: IO[str]) -> EdgetuneError:

@@ -50,7 +50,7 @@ def distinct_prompts(
         InputError: there are not enough different ones (of prompts under 8 tokens, equal ones are taken).
     """
     found: list[tuple[str, list[int]]] = []
-    seen: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
     words = _WORDS.split()
     for name in round_names(warmup, repetitions):
         draw = random.Random(name)
@@ -60,8 +60,8 @@ def distinct_prompts(
             while len(ids) < tokens:  # a tokenizer may make one token of two words
                 text += draw.choices(words, k=16)
                 ids = [int(token) for token in encode(" ".join(text))]
-            if ids[:tokens] not in seen or tokens < _FEWEST:
-                seen.append(ids[:tokens])
+            if tokens < _FEWEST or tuple(ids[:tokens]) not in seen:
+                seen.add(tuple(ids[:tokens]))
                 found.append((" ".join(text), ids[:tokens]))
                 break
         else:

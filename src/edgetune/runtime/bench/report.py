@@ -12,6 +12,7 @@ from edgetune.files import digest, read_json
 from edgetune.run import RunFolder
 from edgetune.runtime.bench.schedule import Measured, Rounds
 from edgetune.runtime.bench.statistics import summary
+from edgetune.runtime.json_schema import misfit
 
 FORMAT = "edgetune/bench/1"
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -21,6 +22,7 @@ _SPREAD = 0.25  # noise: the fastest round's decode rate over the slowest's, as 
 _OTHERS = 0.1  # noise: what other programs use of all cores
 _LEAST_BYTES = 16 << 20  # fewer weights stay in a cache between two steps
 _MOST_SIBLINGS = 24
+_MOST = 1e15  # in a saved report: no time, rate or size is larger
 _FREQUENCY = 0.1  # noise: the range of the cores' frequency between rounds, as a share of the highest
 
 
@@ -55,7 +57,7 @@ def derived(sample: dict[str, Any], batch: int = 1) -> dict[str, Any]:
 
 
 def _rate(tokens: float, ms: float | None) -> float | None:
-    return round(tokens / ms * 1e3, 3) if ms and tokens else None
+    return (round(tokens / ms * 1e3, 3) or None) if ms and tokens else None
 
 
 def summaries(rounds: Rounds) -> dict[str, Any]:
@@ -216,22 +218,22 @@ def read_report(file: Path, kind: str) -> dict[str, Any]:
         raise InputError(f"is not a report of the format {FORMAT!r}", where=file, fix=fix)
     if not isinstance(report.get("workloads"), list) or not isinstance(report.get("samples"), list):
         raise InputError("has no workloads and samples: it is of an older edgetune", where=file, fix="measure it again")
-    try:
-        for sample in report["samples"]:
-            _ = sample["workload"], sample["round"], sample["decode_tokens_per_s"], sample["prefill_tokens_per_s"]
-            _ = sample["ttft_ms"], sample["itl_ms"], sample["prompt_tokens"]
-        for one in report["workloads"]:
-            _ = one["name"], one["tokens_sha256"], one["rounds"], [one[name] for name in METRICS]
-        _ = report["artifact"], report["hardware"]["cpu"]["model"], report["threads"], report["size_mb"]
-        _ = report["files"], report["peak_rss_mb"], report["memory"], report["decode_tokens_per_s"]
-        found = report["target"]["kind"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"lacks {error}", where=file, fix=fix) from error
+    if (wrong := misfit(report, schema()) or _unreal(report)) is not None:
+        raise InputError(f"is no whole report: {wrong}", where=file, fix=fix)
+    found = report["target"]["kind"]
     if found != kind:
         words = {"artifact": "an artifact", "http": "a service"}
         what = f"is of {words.get(found, found)}, not of {words[kind]}"
         raise InputError(what, where=file, fix=f"give the report of {words[kind]}, measured on the same work")
     return report
+
+
+def _unreal(value: Any, place: str = "the report") -> str | None:
+    """Where a number is endless, none at all, or beyond what anything measures; None where all are well."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return next((wrong for name, each in parts if (wrong := _unreal(each, f"{name} in {place}"))), None)
+    return f"{place} is {value!s:.12}" if isinstance(value, int | float) and not abs(value) < _MOST else None
 
 
 def quality(folder: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from edgetune import progress
 from edgetune.runtime.bench.process import Job, Worker, stress
 from edgetune.runtime.bench.watch import MemoryCurve, Meter
-from edgetune.runtime.bench.workloads import Workload
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload
 
 Rounds = list[list[dict[str, Any]]]
 
@@ -37,12 +37,16 @@ class Measured:
 
 @dataclass
 class Run:
-    """One way of running an artifact: its facts (of `worker.opened`), what each workload gave, its memory over time."""
+    """One way of running an artifact: its facts (of `worker.opened`), what each workload gave, its memory over time.
+
+    missed: workloads that were left out, as one of the contexts does not hold them.
+    """
 
     job: Job
     facts: dict[str, Any] = field(default_factory=dict)
     works: list[Measured] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    missed: dict[str, DoesNotFit] = field(default_factory=dict)
 
 
 def take_turns(
@@ -60,7 +64,7 @@ def take_turns(
         busy: so many busy processes run beside every second round; the others are `quiet`.
 
     Raises:
-        InputError, EdgetuneError: see `Worker`.
+        InputError, EdgetuneError: see `Worker`; nothing of it fits.
     """
     runs = [Run(job) for job in jobs]
     with progress.task("bench") as shown:
@@ -71,6 +75,8 @@ def take_turns(
             if planned is None and not session and _only_sessions(works):
                 continue
             planned = _phase(runs, session, works, planned, (warmup, repetitions, busy), shown)
+    if not runs[0].works:
+        raise next(iter(runs[0].missed.values()))
     return runs
 
 
@@ -114,7 +120,12 @@ def _workload(
 ) -> None:
     warmup, repetitions, busy = counts
     loaded = [0.0 if run.works else worker.peak_rss_mb for worker, run in zip(workers, runs, strict=True)]
-    rounds = max(worker.prepare(work, warmup, repetitions) for worker in workers)
+    try:
+        rounds = max(worker.prepare(work, warmup, repetitions) for worker in workers)
+    except DoesNotFit as error:
+        for run in runs:
+            run.missed[work.name] = error
+        return
     found = [Measured(work) for _ in workers]
     for curve in curves:
         curve.mark(work.name)

@@ -23,7 +23,7 @@ from edgetune.runtime.artifact import load_adapters
 from edgetune.runtime.bench import prompts
 from edgetune.runtime.bench.asked import Asked
 from edgetune.runtime.bench.sample import ms, sha256
-from edgetune.runtime.bench.workloads import Workload
+from edgetune.runtime.bench.workloads import DoesNotFit, Workload
 from edgetune.runtime.memory import peak_rss_mb, reset_peak
 from edgetune.runtime.profile import Settings, settings_for
 from edgetune.runtime.providers import PROVIDERS, named
@@ -45,13 +45,19 @@ def main() -> None:
         engine, facts = opened(json.loads(sys.argv[1]))
         say({"opened": facts})
         for line in sys.stdin:
-            say(_done(engine, json.loads(line)))
+            try:
+                say(_done(engine, json.loads(line)))
+            except DoesNotFit as found:  # another workload may
+                say(_told(found, "unfit"))
     except (EdgetuneError, OSError) as found:
         error = found if isinstance(found, EdgetuneError) else from_system_error(found)
         if error is None:
             raise
-        kind = "input" if isinstance(error, InputError) else "failed"
-        say({"error": {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix}})
+        say(_told(error, "input" if isinstance(error, InputError) else "failed"))
+
+
+def _told(error: EdgetuneError, kind: str) -> dict[str, Any]:
+    return {"error": {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix}}
 
 
 def _done(engine: Drawn | Asked, order: dict[str, Any]) -> dict[str, Any]:

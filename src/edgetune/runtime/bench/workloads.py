@@ -20,6 +20,10 @@ STANDARD_DEPTHS = (0, 1024, 4096)
 _DRAWN = re.compile(r"(?:pp(\d{1,7}))?(\+)?(?:tg(\d{1,7}))?(?:@d(\d{1,7}))?")
 
 
+class DoesNotFit(InputError):
+    """A workload that the context does not hold."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One piece of work.
@@ -123,26 +127,27 @@ def _spread(work: Workload, depths: Sequence[int], batches: Sequence[int]) -> li
 
 
 def fitted(works: Sequence[Workload], context: int, where: str) -> tuple[list[Workload], list[str]]:
-    """The work as far as it fits into a context, and what was cut.
+    """The work as far as it fits into a context, and what was cut or left out.
 
-    Depths are cut to what the context holds; prompt and answer are not.
+    Depths are cut to what the context holds; prompt and answer are not. What goes through a session shows its length later.
 
     Raises:
-        InputError: prompt and answer do not fit, or nothing is left: several rows cannot be read behind others (ONNX
-            Runtime GenAI takes the prompts of a batch in one call).
+        DoesNotFit: nothing of it does.
+        InputError: nothing is left: several rows cannot be read behind others (ONNX Runtime GenAI takes the prompts of a
+            batch in one call).
     """
     found: list[Workload] = []
     notes: list[str] = []
+    missed: list[DoesNotFit] = []
     for work in works:
         if work.kind == "drawn":
             bare = replace(work, depth=0)
             if bare.length > context:
-                raise InputError(
-                    f"{work.prompt} prompt tokens and {work.new} new tokens are {bare.length}, "
-                    f"the artifact's context holds {context}",
-                    where=where,
-                    fix="lower prompt_tokens or new_tokens, or export with a larger export.max_length",
-                )
+                what = f"{bare.name} needs a context of {bare.length:,} tokens, the artifact's holds {context:,}"
+                fix = "take fewer prompt tokens or new tokens, or export with a larger export.max_length"
+                missed.append(DoesNotFit(what, where=where, fix=fix))
+                notes.append(left_out(work.name, what))
+                continue
             if work.length > context:
                 depth = context - (work.length - work.depth)
                 cut = replace(work, depth=depth)
@@ -158,6 +163,13 @@ def fitted(works: Sequence[Workload], context: int, where: str) -> tuple[list[Wo
                 continue
         if work not in found:
             found.append(work)
+    if not found and missed:
+        raise missed[0]
     if not found:
         raise InputError(notes[-1], where="workloads", fix="measure ppN with a batch at depth 0, or tgN at a depth")
     return found, notes
+
+
+def left_out(name: str, why: str) -> str:
+    """The note on a workload that was asked for beside others, and is not measured."""
+    return f"{name} was not measured: {why}"
