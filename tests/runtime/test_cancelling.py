@@ -261,6 +261,64 @@ def test_no_token_comes_after_a_cancel(session: Session, options: Any, monkeypat
         assert session.generate(ASK, max_tokens=60, speculation="off").ids == plain
 
 
+@pytest.mark.timeout(60)
+def test_a_thread_does_not_wait_for_its_own_stream(session: Session) -> None:
+    with closing(session.stream(ASK)) as stream:
+        next(stream)
+        for call in (lambda: session.generate(ASK), lambda: session.read(ASK), session.forget):
+            with pytest.raises(EdgetuneError, match="a stream that this thread reads holds the session") as caught:
+                call()
+            assert "closing" in (caught.value.fix or "")
+        next(stream)  # nothing happened to it
+    assert session.generate(ASK, max_tokens=3).completion_tokens == 3
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["forget", "read", "generate"])
+def test_nor_from_on_prefill(session: Session, what: str) -> None:
+    def on_prefill(*_: int) -> None:
+        session.forget() if what == "forget" else getattr(session, what)(ASK)
+
+    with pytest.raises(EdgetuneError, match="a stream that this thread reads"):
+        session.generate(ASK, on_prefill=on_prefill, max_tokens=3)
+    assert session.generate(ASK, max_tokens=3).completion_tokens == 3
+
+
+@pytest.mark.timeout(60)
+def test_it_waits_for_a_stream_that_another_thread_reads_on(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtime.session._REST_S", 0.5)
+    stream = session.stream(ASK, max_tokens=5)
+    next(stream)
+
+    def read_on() -> None:
+        for _ in stream:
+            time.sleep(0.4)
+
+    other = threading.Thread(target=read_on)
+    other.start()
+    assert session.generate(ASK, max_tokens=3).completion_tokens == 3
+    other.join(10)
+    assert not other.is_alive()
+
+
+def test_reading_ahead_is_cancelled(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel = threading.Event()
+    prompt = "Five six seven eight nine ten. " * 8
+    whole = session.read(prompt)
+    session.forget()
+    cancel.set()
+    assert session.read(prompt, cancel=cancel) == 0
+    cancel.clear()
+    running, found = slow(monkeypatch, "append_tokens", 1), list[int]()
+    thread = threading.Thread(target=lambda: found.append(session.read(prompt, cancel=cancel)))
+    thread.start()
+    assert running.wait(10)
+    cancel.set()
+    thread.join(10)
+    monkeypatch.undo()
+    assert 0 < found[0] < whole == session.read(prompt)
+
+
 def test_closed(tiny_artifact: Path) -> None:  # noqa: F811
     session = runtime.load(tiny_artifact)
     stream = session.stream(ASK)

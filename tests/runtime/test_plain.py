@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from edgetune.recipe import ExportSection
 from edgetune.runtime.artifact import open_any, open_artifact
 from edgetune.runtime.options import GenerationOptions
 from edgetune.runtime.plain.encoder import Embedder
+from edgetune.runtime.plain.graph import Graph
 from edgetune.runtime.plain.heads import Answerer, Classifier, Tagger
 from edgetune.runtime.plain.seq2seq import Seq2Seq
+from edgetune.runtime.plain.tokens import Tokens
 from edgetune.runtime.session import Session
 from edgetune.standalone import export_model
 from plain_models import LABELS, TEXT, Plain, plain, save_encoder  # noqa: F401 - a fixture
@@ -244,6 +247,84 @@ def test_cancelling_leaves_the_session_usable(plain: Plain) -> None:  # noqa: F8
         assert model.generate("translate Maria works", max_tokens=12).ids == wanted.ids
     with runtime.load(plain("embed")[1], kind=Embedder) as encoder, pytest.raises(EdgetuneError, match="cancelled"):
         encoder.encode(["late"], cancel=cancel)
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, at: int) -> threading.Event:
+    """Let runs of graphs take until somebody ends them, from the `at`-th on; set while one runs."""
+    real, running, calls = Graph.run_values, threading.Event(), itertools.count()
+
+    def run(graph: Graph, feeds: Any, how: Any = None) -> Any:
+        if next(calls) >= at:
+            running.set()
+            for _ in range(2000):
+                if how.terminate:
+                    break
+                time.sleep(0.005)
+            else:
+                raise AssertionError("nobody ended it")
+        return real(graph, feeds, how)
+
+    monkeypatch.setattr(Graph, "run_values", run)
+    return running
+
+
+def _cancelled_amid(call: Any, running: threading.Event) -> Any:
+    """What a call gives that is cancelled amid a run of a graph."""
+    cancel, found = threading.Event(), list[Any]()
+
+    def work() -> None:
+        try:
+            found.append(call(cancel))
+        except EdgetuneError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert running.wait(20)
+    cancel.set()
+    thread.join(20)
+    return found[0]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_run_of_an_encoder_is_ended(plain: Plain, monkeypatch: pytest.MonkeyPatch, at: int) -> None:  # noqa: F811
+    with runtime.load(plain("embed")[1], kind=Embedder) as model:
+        texts = [" ".join(WORDS[: 1 + n % 12]) for n in range(300)]
+        running = slow(monkeypatch, at)
+        error = _cancelled_amid(lambda cancel: model.encode(texts, cancel=cancel), running)
+        assert isinstance(error, EdgetuneError) and "cancelled" in str(error)
+        monkeypatch.undo()
+        assert model.encode(texts[:2]).shape == (2, 64)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_run_of_a_sequence_to_sequence_model_is_ended(
+    plain: Plain,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    with runtime.load(plain("t5")[1], kind=Seq2Seq) as model:
+        wanted = model.generate("translate Maria works", max_tokens=12).ids
+        running = slow(monkeypatch, at)
+        found = _cancelled_amid(lambda cancel: model.generate("translate Maria works", cancel=cancel), running)
+        assert (found.finish_reason, found.ids) == ("cancelled", wanted[: max(at - 1, 0)])
+        monkeypatch.undo()
+        assert model.generate("translate Maria works", max_tokens=12).ids == wanted
+
+
+def test_texts_are_not_tokenized_after_a_cancel(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    with runtime.load(plain("embed")[1], kind=Embedder) as model:
+        cancel, real, calls = threading.Event(), Tokens._encode, list[int]()
+
+        def encode(tokens: Tokens, texts: Any, tokenizer: Any) -> Any:
+            calls.append(len(texts))
+            cancel.set()
+            return real(tokens, texts, tokenizer)
+
+        monkeypatch.setattr(Tokens, "_encode", encode)
+        with pytest.raises(EdgetuneError, match="cancelled"):
+            model.encode(["late"] * 5000, cancel=cancel)
+        assert calls == [64]
 
 
 def test_threads_do_not_mix_answers(plain: Plain) -> None:  # noqa: F811

@@ -88,10 +88,23 @@ def load(
         InputError: it is no artifact, a file of it is missing or changed, or it is not what was expected.
         EdgetuneError: ONNX Runtime cannot load it, or its tokenizer or template is not what the model was trained with.
     """
-    from edgetune.errors import InputError
+    from edgetune.errors import InputError, from_system_error
+    from edgetune.runtime import checks
     from edgetune.runtime.artifact import Artifact, open_any
+    from edgetune.runtime.hardware import checked_threads
 
-    artifact = open_any(Path(path))
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"must be the path of a folder, not {checks.shown(path)}", where="path")
+    if not isinstance(kind, type | None):
+        raise InputError(f"must be a class, such as Embedder, not {checks.shown(kind)}", where="kind")
+    checks.flag("use_profile", use_profile)
+    threads = None if threads is None else checked_threads(threads)
+    try:
+        artifact = open_any(Path(path))
+    except OSError as error:
+        if (known := from_system_error(error)) is None:
+            raise
+        raise known from error
     wanted: Any
     settings: dict[str, bool]
     if isinstance(artifact, Artifact):

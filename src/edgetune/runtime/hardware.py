@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import InputError
+from edgetune.runtime import checks
 
 # Instruction sets that decide how fast quantized or half-precision models run.
 # Where two names stand, the system's own comes first.
@@ -154,11 +155,11 @@ def checked_threads(wanted: int | None) -> int:
     if wanted is None:
         return default_threads()
     most = 8 * int(cpu()["logical_cores"])
-    if not 1 <= wanted <= most:
-        raise InputError(
-            f"must be 1 to {most} on this machine, not {wanted}", where="threads", fix="leave it out for all cores"
-        )
-    return wanted
+    try:
+        return checks.whole("threads", wanted, 1, most)
+    except InputError:
+        what = f"must be 1 to {most} on this machine, not {checks.shown(wanted)}"
+        raise InputError(what, where="threads", fix="leave it out for all cores") from None
 
 
 def load_average() -> list[float] | None:

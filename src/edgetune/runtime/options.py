@@ -3,12 +3,13 @@ service."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
-from edgetune.errors import InputError
+from edgetune.errors import InputError, first_line
+from edgetune.runtime import checks
 
 # The KV cache is allocated for prompt and answer together, so an answer without a limit of its own gets this
 # one.
@@ -39,8 +40,8 @@ class GenerationOptions:
         frequency_penalty: the same for each time that the answer has them, -2 to 2.
         logit_bias: added to logits, -100 to 100, by token id.
         seed: makes drawing repeatable, 0 to 2^31-1; None: different each time.
-        stop: the answer ends before the first of these strings; any sequence of strings is kept as a tuple. Not together
-            with a constraint, which says itself where the answer ends.
+        stop: the answer ends before the first of these strings; any sequence of strings is kept as a tuple, None as
+            an empty one. Not together with a constraint, which says itself where the answer ends.
         json_schema: the answer is a JSON text that fits this JSON Schema.
         regex: the answer as a whole fits this regular expression, in the syntax of Rust's regex.
         grammar: the answer fits this context-free grammar, in llguidance's dialect of Lark.
@@ -83,35 +84,28 @@ class GenerationOptions:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1, None)
-        _number("temperature", self.temperature, "from 0 to 2", lambda value: 0 <= value <= 2)
-        _number("top_p", self.top_p, "over 0 and up to 1", lambda value: 0 < value <= 1)
+        for name, low, high in _WHOLE:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.whole(name, value, low, high))
         if self.top_k is None:
             raise InputError("must be a whole number from 0, not None", where="top_k")
-        _whole("top_k", self.top_k, 0, None)
-        _whole("seed", self.seed, 0, MAX_SEED)
+        for name, span, fits in _NUMBERS:
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), span, fits))
         object.__setattr__(self, "stop", _stops(self.stop))
-        if self.json_schema is not None and not isinstance(self.json_schema, dict):
-            raise InputError("must be a JSON object", where="json_schema", fix='such as {"type": "object"}')
-        _number("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
-        _number("repetition_penalty", self.repetition_penalty, "over 0 and up to 2", lambda value: 0 < value <= 2)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _number(name, getattr(self, name), "from -2 to 2", lambda value: -2 <= value <= 2)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        if self.reuse not in ("exact", "fast", "off"):
-            raise InputError(f"must be exact, fast or off, not {self.reuse!r}", where="reuse")
-        if self.speculation not in ("off", "auto", "on"):
-            raise InputError(f"must be off, auto or on, not {self.speculation!r}", where="speculation")
-        if not isinstance(self.exact, bool):
-            raise InputError(f"must be true or false, not {self.exact!r}", where="exact")
+        checks.choice("reuse", self.reuse, ("exact", "fast", "off"))
+        checks.choice("speculation", self.speculation, ("off", "auto", "on"))
+        checks.flag("exact", self.exact)
+        if self.adapter is not None:
+            checks.text("adapter", self.adapter)
         if self.exact:
             object.__setattr__(self, "speculation", "off")
             object.__setattr__(self, "reuse", "exact" if self.reuse == "fast" else self.reuse)
         given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         for name in given:
-            if name != "json_schema" and not (isinstance(getattr(self, name), str) and getattr(self, name)):
+            if name == "json_schema":
+                _check_schema(self.json_schema)
+            elif not checks.text(name, getattr(self, name)):
                 raise InputError("must be a string that is not empty", where=name)
         if len(given) > 1:
             raise InputError(f"cannot be combined with {given[0]}", where=given[1], fix="give one constraint")
@@ -162,38 +156,59 @@ def options_of(options: GenerationOptions | None, fields: OptionFields) -> Gener
         raise InputError(
             f"is no option: {', '.join(sorted(unknown))}", where="options", fix=f"there are {', '.join(names)}"
         )
+    if options is not None and not isinstance(options, GenerationOptions):
+        what = f"must be GenerationOptions, not {checks.shown(options)}"
+        raise InputError(what, where="options", fix="give single options by name: max_tokens=64")
     return replace(options or GenerationOptions(), **given)
 
 
-def _whole(name: str, value: Any, low: int, high: int | None) -> None:
-    if value is None:
-        return
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not fits or (high is not None and value > high):
-        span = f"from {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"must be a whole number {span}, not {value!r}", where=name)
-
-
-def _number(name: str, value: Any, span: str, fits: Callable[[float], bool]) -> None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not known or not fits(value):
-        raise InputError(f"must be a number {span}, not {value!r}", where=name)
+# Of each whole number: the least and the most.
+_WHOLE: tuple[tuple[str, int, int | None], ...] = (
+    ("max_tokens", 1, None),
+    ("top_k", 0, None),
+    ("seed", 0, MAX_SEED),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+# Of each other number: which ones it may be.
+_NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("temperature", "from 0 to 2", lambda value: 0 <= value <= 2),
+    ("top_p", "over 0 and up to 1", lambda value: 0 < value <= 1),
+    ("min_p", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("repetition_penalty", "over 0 and up to 2", lambda value: 0 < value <= 2),
+    ("presence_penalty", "from -2 to 2", lambda value: -2 <= value <= 2),
+    ("frequency_penalty", "from -2 to 2", lambda value: -2 <= value <= 2),
+)
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(text, str) and text for text in value):
+    found = [] if value is None else checks.items("stop", value, "a list of strings")
+    if len(found) > MAX_STOPS:
+        raise InputError(f"takes up to {MAX_STOPS} strings, not {len(found)}", where="stop")
+    if not all(checks.text("stop", text) for text in found):
         raise InputError("must be strings, none of them empty", where="stop")
-    if len(value) > MAX_STOPS:
-        raise InputError(f"takes up to {MAX_STOPS} strings, not {len(value)}", where="stop")
-    return tuple(value)
+    return tuple(found)
 
 
 def _bias(value: Any) -> dict[int, float]:
-    where = "logit_bias"
+    where, found = "logit_bias", dict[int, float]()
     if not isinstance(value, dict):
         raise InputError("must give numbers by token id", where=where, fix="such as {50: -100}")
     for token, bias in value.items():
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise InputError(f"{token!r} is no token id", where=where, fix="`Session.encode` gives ids of a text")
-        _number(where, bias, f"from -{MAX_BIAS:g} to {MAX_BIAS:g}", lambda number: abs(number) <= MAX_BIAS)
-    return dict(value)
+        try:
+            known = checks.whole(where, token, 0)
+        except InputError:
+            what = f"{checks.shown(token)} is no token id"
+            raise InputError(what, where=where, fix="`Session.encode` gives ids of a text") from None
+        fits = f"from -{MAX_BIAS:g} to {MAX_BIAS:g}"
+        found[known] = checks.number(where, bias, fits, lambda number: abs(number) <= MAX_BIAS)
+    return found
+
+
+def _check_schema(value: Any) -> None:
+    if not isinstance(value, dict):
+        raise InputError("must be a JSON object", where="json_schema", fix='such as {"type": "object"}')
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot be written as JSON: {first_line(error)}", where="json_schema") from error

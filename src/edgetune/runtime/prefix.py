@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.artifact import Artifact, load_adapters
+from edgetune.runtime.cancel import Cancel as Cancel
+from edgetune.runtime.cancel import watched
 from edgetune.runtime.guidance import Guide, require_guidance
 from edgetune.runtime.hardware import available_memory
 from edgetune.runtime.native import native
@@ -32,14 +33,7 @@ _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat 
 _MOST_KEPT = 3  # contexts
 _SHORT = 4  # a piece ends with a turn when it has a fourth of its most tokens: short ones cost more a token
 _LEAST_BYTES = 64 << 20  # of KV cache that a conversation may have, however small the model
-_LOOK_S = 0.02  # how often is looked whether to interrupt a native call
 FAILED = "the generation failed"
-
-
-class Cancel(Protocol):
-    """Says whether an answer is given up, as `threading.Event` does."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass
@@ -69,22 +63,13 @@ class Context:
     @contextlib.contextmanager
     def interruptible(self, cancel: Cancel) -> Iterator[None]:
         """While the block runs, `cancel` ends the native call that it is in, which then raises `capi.Interrupted`."""
-        ended = threading.Event()
 
-        def watch() -> None:
-            while not ended.wait(_LOOK_S):
-                if cancel.is_set():
-                    self.generator.interrupt()
-                    self.interrupted = True
-                    return
+        def interrupt() -> None:
+            self.generator.interrupt()
+            self.interrupted = True
 
-        watcher = threading.Thread(target=watch, name="edgetune-cancel", daemon=True)
-        watcher.start()
-        try:
+        with watched(cancel, interrupt):
             yield
-        finally:
-            ended.set()
-            watcher.join()
 
 
 class Reader:

@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Any, Unpack
 
 from edgetune.errors import EdgetuneError, InputError
+from edgetune.runtime import checks
 from edgetune.runtime.answer import Answer, Request, cancelled
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.cancel import Cancel, Either
 from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Message, Piece, TokenLogprob, ToolCall
 from edgetune.runtime.model import load_model
-from edgetune.runtime.native import check_text
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions, OptionFields, options_of
 from edgetune.runtime.prefix import OnPrefill, Reader
 from edgetune.runtime.profile import settings_for
@@ -27,6 +28,8 @@ from edgetune.runtime.vocabulary import Vocabulary
 __all__ = ["Completion", "Message", "Piece", "Session", "TokenLogprob", "ToolCall"]
 
 _WAIT_S = 0.05  # how often a generation that waits for its turn looks at its cancel event
+# How long a stream may rest that the waiting thread itself read last: another thread may be about to read it on.
+_REST_S = 2.0
 
 
 class Session:
@@ -54,7 +57,7 @@ class Session:
         self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._held: weakref.ref[Any] | None = None  # the stream that has the lock
-        self._holder = 0  # the thread that began it
+        self._holder = 0  # the thread that read it last
         started = time.perf_counter()
         loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -87,6 +90,11 @@ class Session:
             self._lock.release()
 
     @property
+    def _size(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.artifact.config["model"]["vocab_size"])
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that can be switched on; see `Artifact.adapter` for what is on by default."""
         return self.artifact.adapters
@@ -97,33 +105,51 @@ class Session:
         tools: Sequence[dict[str, Any]] = (),
         *,
         adapter: str | None = None,
+        cancel: threading.Event | None = None,
     ) -> int:
         """Read ahead: a system prompt that conversations will begin with, or an answer that a next turn will follow.
 
         Whole pieces are read, up to the end of a turn, and kept for the prompts that follow and begin with them, under the same
         adapter.
 
+        Args:
+            prompt, tools: as for `stream`.
+            adapter: as in GenerationOptions.
+            cancel: set it from any thread, and reading ends; what was read whole is kept.
+
         Returns:
-            How many tokens are known now.
+            How many tokens are known now; 0 where it was cancelled while another generation was ahead.
 
         Raises:
-            InputError: as `stream`.
+            InputError, EdgetuneError: as `stream`.
         """
-        request = self._request(prompt, GenerationOptions(adapter=adapter), None, tools, None)
-        with self._lock:
+        request = self._request(prompt, GenerationOptions(adapter=adapter), cancel, tools, None)
+        if not self._wait(request.cancel):
+            self._open()  # raises where it is the session that was closed
+            return 0
+        try:
             self._open()
             whole = self._reader.whole(request.ids)
             context = self._reader.begin(request.ids, request.limit, None, request.options.reuse, request.adapter)
             with contextlib.suppress(Interrupted), context.interruptible(request.cancel):
                 self._reader.read(context, request.ids[:whole], request.cancel)
             self._reader.keep(context)
+        finally:
+            self._lock.release()
         return len(context.ids)
 
     def forget(self) -> None:
-        """Free what is kept of earlier prompts: their KV caches."""
-        with self._lock:
+        """Free what is kept of earlier prompts: their KV caches. Waits for a generation that runs.
+
+        Raises:
+            EdgetuneError: this thread reads a stream and has not ended it.
+        """
+        self._wait(None)
+        try:
             if self._tokenizer is not None:
                 self._reader.forget()
+        finally:
+            self._lock.release()
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The text that the chat template makes of a conversation, up to where the assistant's answer begins.
@@ -135,19 +161,18 @@ class Session:
         Raises:
             InputError: a message or tool is malformed, or the template refuses the conversation or knows no tools.
         """
-        self._open()
-        return self._template.render(messages, checked_tools(tools))
+        return self._rendered("messages", messages, tools)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added in front or behind. Raises InputError for text that is not
         Unicode."""
-        check_text(text)
-        return [int(token) for token in self._open().encode(text)]
+        return self._encoded("text", text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens. Bytes that are no UTF-8 are left out."""
+        """The text of token ids, without special tokens. Bytes that are no UTF-8 are left out. Raises InputError for what is no
+        token of the model's."""
         stream = self._open().create_stream()  # Tokenizer.decode ends at the first byte that is no UTF-8
-        return "".join(stream.decode(int(token)) for token in ids)
+        return "".join(stream.decode(token) for token in checks.token_ids("ids", ids, self._size))
 
     def stream(
         self,
@@ -163,7 +188,8 @@ class Session:
 
         The prompt is checked at once; the work begins with the first piece. A generation that another one is
         ahead of waits for it. Close the iterator (`contextlib.closing`) or read it to its end: until then it
-        holds the session, and a second generation of the same thread would wait for ever. Closing the session ends it.
+        holds the session, and a second generation of the same thread, which would wait for ever, is an error after two
+        seconds. Closing the session ends it.
 
         Args:
             prompt: messages go through the chat template; a string is sent as it is.
@@ -177,7 +203,7 @@ class Session:
         Raises:
             InputError: an option is out of range, there is no such adapter, the prompt is empty or leaves no room in the context, a token id is none
                 of the model's, or the constraint cannot be followed.
-            EdgetuneError: the runtime failed.
+            EdgetuneError: the runtime failed, or this thread reads a stream and has not ended it.
         """
         request = self._request(prompt, options_of(options, fields), cancel, tools, on_prefill)
         own: list[weakref.ref[Any]] = []
@@ -200,7 +226,7 @@ class Session:
         for piece in self.stream(prompt, options, cancel, tools=tools, on_prefill=on_prefill, **fields):
             found = piece.completion
         if found is None:  # the session was closed meanwhile
-            raise _closed()
+            raise checks.closed()
         return found
 
     def _request(
@@ -212,8 +238,10 @@ class Session:
         on_prefill: OnPrefill | None,
     ) -> Request:
         """What is asked for, checked. Raises InputError."""
+        checks.event("cancel", cancel)
+        checks.function("on_prefill", on_prefill)
         adapter = self.artifact.adapter(options.adapter)
-        ids = self.encode(prompt if isinstance(prompt, str) else self.render(prompt, tools))
+        ids = self._encoded("prompt", prompt if isinstance(prompt, str) else self._rendered("prompt", prompt, tools))
         if not ids:
             raise InputError("the prompt is empty", fix="give some text")
         room = self.artifact.max_length - len(ids)
@@ -223,27 +251,57 @@ class Session:
                 "the answer's included",
                 fix="shorten it, or export with a larger export.max_length",
             )
-        size = int(self.artifact.config["model"]["vocab_size"])
-        if (unknown := max(options.logit_bias, default=0)) >= size:
-            raise InputError(f"the model has {size:,} tokens, none with id {unknown}", where="logit_bias")
+        if (unknown := max(options.logit_bias, default=0)) >= self._size:
+            what = f"the model has {self._size:,} tokens, none with id {checks.shown(unknown)}"
+            raise InputError(what, where="logit_bias")
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        return Request(ids, limit, options, _Either(self._closing, cancel), on_prefill, names, adapter)
+        return Request(ids, limit, options, Either(self._closing, cancel), on_prefill, names, adapter)
 
-    def _stream(self, request: Request, own: list[weakref.ref[Any]]) -> Generator[Piece]:
-        waited = False
+    def _rendered(self, where: str, messages: Any, tools: Sequence[dict[str, Any]]) -> str:
+        what = "a list of messages" if where == "messages" else "a string or a list of messages"
+        turns = checks.items(where, messages, what)
+        self._open()
+        return self._template.render(turns, checked_tools(tools))
+
+    def _encoded(self, where: str, text: str) -> list[int]:
+        checks.text(where, text)
+        return [int(token) for token in self._open().encode(text)]
+
+    def _wait(self, cancel: Cancel | None) -> bool:
+        """Take the lock. Returns False, without it, where `cancel` was set meanwhile.
+
+        Raises:
+            EdgetuneError: a stream has the lock that this thread itself would have to read on.
+        """
+        began, waited = time.monotonic(), False
         while not self._lock.acquire(timeout=_WAIT_S):
             waited = True
-            if request.cancel.is_set():
-                yield cancelled(request)
-                return
-        if waited and self._closing.is_set():
+            if cancel is not None and cancel.is_set():
+                return False
+            if self._holder != threading.get_ident() or self._held is None or self._held() is None:
+                began = time.monotonic()
+            elif time.monotonic() - began > _REST_S:
+                raise EdgetuneError(
+                    "a stream that this thread reads holds the session; waiting for it would never end",
+                    fix="read the stream to its end, or close it: `with contextlib.closing(session.stream(…)) as stream:`",
+                )
+        if waited and cancel is not None and cancel.is_set():
             self._lock.release()
+            return False
+        return True
+
+    def _stream(self, request: Request, own: list[weakref.ref[Any]]) -> Generator[Piece]:
+        if not self._wait(request.cancel):
             yield cancelled(request)
             return
         self._held, self._holder = own[0], threading.get_ident()
         try:
-            yield from self._answer(request).pieces()
+            pieces: Any = self._answer(request).pieces()
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    yield piece
+                    self._holder = threading.get_ident()
         finally:
             self._held = None
             if self._closing.is_set():
@@ -266,7 +324,7 @@ class Session:
 
     def _open(self) -> Any:
         if self._tokenizer is None or self._closing.is_set():
-            raise _closed()
+            raise checks.closed()
         return self._tokenizer
 
     def _check_contract(self) -> None:
@@ -292,21 +350,6 @@ class Session:
                     raise EdgetuneError(
                         f"golden prompt {number}: {what} {_difference(found, wanted)}", where=where, fix=fix
                     )
-
-
-class _Either:
-    """Set where one of two events is."""
-
-    def __init__(self, one: threading.Event, other: threading.Event | None) -> None:
-        self._events = (one,) if other is None else (one, other)
-
-    def is_set(self) -> bool:
-        """Whether one of them is."""
-        return any(event.is_set() for event in self._events)
-
-
-def _closed() -> EdgetuneError:
-    return EdgetuneError("the session is closed", fix="load the artifact again, or use it inside the `with` block")
 
 
 def _difference(found: Sequence[Any], wanted: Sequence[Any]) -> str:

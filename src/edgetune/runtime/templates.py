@@ -9,19 +9,22 @@ is given, and change or call nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from edgetune.errors import EdgetuneError, InputError
 from edgetune.files import read_json
+from edgetune.runtime import checks
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.completion import Message
-from edgetune.runtime.native import check_text, first_line
+from edgetune.runtime.native import first_line
 
 _FIX = "some templates take no system turn, or want user and assistant in turns"
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
 _MAX_TEMPLATE = 1 << 20
+# What code in a template runs into, where a conversation has not the form that it expects.
+_OF_TEMPLATES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class Template:
@@ -90,18 +93,23 @@ class Template:
             self._jinja = _compiled(self._artifact)
         try:
             return self._jinja(messages=list(turns), tools=list(tools) or None)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (*_OF_TEMPLATES, TemplateError) as error:
             raise _refusal(first_line(error)) from error
 
 
 def _turn(message: Any, number: int) -> dict[str, Any]:
     """A message as templates expect it: arguments of calls as objects, and content a string even beside calls."""
     where = f"message {number}"
+    if not isinstance(message, Mapping):
+        raise InputError(f'must be {{"role": …, "content": …}}, not {checks.shown(message)}', where=where)
     calls = message.get("tool_calls")
+    if calls is not None:
+        calls = checks.items(f"{where}.tool_calls", calls, "a list of calls")
     content = "" if calls and message.get("content") is None else message.get("content")
     if not isinstance(message.get("role"), str) or not isinstance(content, str):
         raise InputError("needs role and content, both strings", where=where)
-    check_text(content)
+    checks.text(f"{where}.role", message["role"])
+    checks.text(f"{where}.content", content)
     turn = {key: message[key] for key in message if key in _KEYS and message[key] is not None}
     turn["content"] = content
     if calls:
@@ -117,7 +125,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"its arguments are no JSON: {error}", where=where) from error
     if not isinstance(arguments, dict):
         raise InputError("its arguments must be a JSON object", where=where)

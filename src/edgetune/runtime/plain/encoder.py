@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import EdgetuneError
+from edgetune.runtime import checks
+from edgetune.runtime.cancel import Cancel
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.plain.artifact import PlainArtifact
 from edgetune.runtime.plain.description import GRAPH, Pooling
-from edgetune.runtime.plain.graph import Graph
-from edgetune.runtime.plain.tokens import Long, Text, Tokens, Window
+from edgetune.runtime.plain.graph import Graph, interruptible
+from edgetune.runtime.plain.tokens import Long, Text, Tokens, Window, checked, strings
 
-_BATCH_TOKENS = 2048  # that go through the model at once, padding included: bounds memory, and how long a cancel waits
+_BATCH_TOKENS = 2048  # that go through the model at once, padding included: bounds memory
 _BATCH_TEXTS = 64
 
 Floats = NDArray[np.float32]
@@ -53,30 +56,39 @@ class Encoder:
 
     def count(self, text: Text) -> int:
         """How many tokens the model reads of a text, those that the tokenizer adds included."""
-        return sum(len(window) for window in self._tokens.windows([text], "window"))
+        return sum(len(window) for window in self.windows([text]))
 
     def windows(self, texts: Sequence[Text]) -> list[Window]:
         """Texts as the model reads them, over-long ones in pieces; for `outputs`."""
-        return self._tokens.windows(texts, "window")
+        return self._tokens.windows(checked(texts), "window")
 
     def outputs(self, windows: Sequence[Window]) -> list[NDArray[Any]]:
         """The graph's outputs for some windows, read at once and filled up to the longest: (windows, …) each."""
-        description = self.artifact.description
-        return self._graph.run(feeds(windows, description.inputs, description.pad_id))
+        return self._outputs(windows, None)
 
-    def _run(
-        self, windows: Sequence[Window], cancel: threading.Event | None
+    def _outputs(self, windows: Sequence[Window], how: Any) -> list[NDArray[Any]]:
+        description = self.artifact.description
+        return self._graph.run(feeds(windows, description.inputs, description.pad_id), how)
+
+    def _read(
+        self, texts: Sequence[Text], long: Long, cancel: Cancel | None, *, overlap: bool = False
     ) -> Iterator[tuple[Window, tuple[NDArray[Any], ...]]]:
-        """The graph's outputs for each window, longest windows first; what belongs to padding is cut off."""
-        order = sorted(windows, key=len, reverse=True)
-        while order:
-            if cancel is not None and cancel.is_set():
-                raise EdgetuneError("cancelled before all texts were read")
-            size = max(1, min(_BATCH_TEXTS, _BATCH_TOKENS // len(order[0])))
-            batch, order = order[:size], order[size:]
-            found = self.outputs(batch)
-            for row, window in enumerate(batch):
-                yield window, tuple(one[row, : len(window)] if self._by_token else one[row] for one in found)
+        """The graph's outputs for each window of some texts, longest windows first; what belongs to padding is cut off."""
+        checks.event("cancel", cancel)
+        try:
+            windows = self._tokens.windows(texts, long, overlap=overlap, cancel=cancel)
+            order = sorted(windows, key=len, reverse=True)
+            with interruptible(cancel) as how:
+                while order:
+                    if cancel is not None and cancel.is_set():
+                        raise Interrupted
+                    size = max(1, min(_BATCH_TEXTS, _BATCH_TOKENS // len(order[0])))
+                    batch, order = order[:size], order[size:]
+                    found = self._outputs(batch, how)
+                    for row, window in enumerate(batch):
+                        yield window, tuple(one[row, : len(window)] if self._by_token else one[row] for one in found)
+        except Interrupted:
+            raise EdgetuneError("cancelled before all texts were read") from None
 
     _by_token = False  # whether the graph gives a number, or several, for each token
 
@@ -126,7 +138,7 @@ class Embedder(Encoder):
                 configuration has it when None.
             long: over-long texts are refused, or read in windows: the vector is then that of all their tokens (`mean`,
                 `max`), or the mean of the windows' (`cls`).
-            cancel: set it from any thread, and reading ends after the batch that runs, with an EdgetuneError.
+            cancel: set it from any thread, and reading ends at once, with an EdgetuneError.
 
         Returns:
             (texts, dimensions) float32.
@@ -135,10 +147,12 @@ class Embedder(Encoder):
             InputError: a text is not Unicode, or over-long and refused.
             EdgetuneError: cancelled, closed, or the runtime failed.
         """
-        pooling = self.artifact.description.pooling
+        texts, pooling = strings(texts), self.artifact.description.pooling
+        if normalize is not None:
+            checks.flag("normalize", normalize)
         start = -np.inf if pooling == "max" else 0.0
         sums, weights = np.full((len(texts), self.dimensions), start), np.zeros(len(texts))
-        for window, (hidden,) in self._run(self._tokens.windows(texts, long), cancel):
+        for window, (hidden,) in self._read(texts, long, cancel):
             vector = pooled(hidden, pooling)
             if pooling == "max":
                 np.maximum(sums[window.text], vector, out=sums[window.text])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from edgetune.errors import EdgetuneError, first_line
-from edgetune.runtime import kernels
+from edgetune.runtime import checks, kernels
+from edgetune.runtime.cancel import Cancel, watched
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.hardware import checked_threads
 
 
@@ -45,22 +48,30 @@ class Graph:
         """Free it, once what runs has ended."""
         self._session = None
 
-    def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The outputs for these inputs, in the graph's order."""
-        return [value.numpy() for value in self.run_values({name: value_of(feed) for name, feed in feeds.items()})]
+    def run(self, feeds: dict[str, NDArray[Any]], how: Any = None) -> list[NDArray[Any]]:
+        """The outputs for these inputs, in the graph's order; see `run_values`."""
+        values = {name: value_of(feed) for name, feed in feeds.items()}
+        return [value.numpy() for value in self.run_values(values, how)]
 
-    def run_values(self, feeds: dict[str, Any]) -> Sequence[Any]:
+    def run_values(self, feeds: dict[str, Any], how: Any = None) -> Sequence[Any]:
         """The same with ONNX Runtime's own values, which are not copied.
 
+        Args:
+            feeds: the inputs.
+            how: what `interruptible` gave.
+
         Raises:
+            Interrupted: it was cancelled.
             EdgetuneError: it fails, or is closed.
         """
         session = self._session
         if session is None:
-            raise EdgetuneError("the session is closed")
+            raise checks.closed()
         try:
-            return session.run_with_ort_values(self.outputs, feeds)
+            return session.run_with_ort_values(self.outputs, feeds, how)
         except Exception as error:
+            if how is not None and how.terminate:
+                raise Interrupted from None
             raise self._failed("the graph fails", error) from error
 
     def _failed(self, what: str, error: Exception) -> Exception:
@@ -68,6 +79,23 @@ class Graph:
         own = type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError)
         fix = "export it again; `edgetune doctor` checks the installation"
         return EdgetuneError(f"{what}: {first_line(error)[:300]}", where=self._file, fix=fix) if own else error
+
+
+@contextlib.contextmanager
+def interruptible(cancel: Cancel | None) -> Iterator[Any]:
+    """Gives runs in the block what lets `cancel` end them, amid the graph, too."""
+    import onnxruntime
+
+    how = onnxruntime.RunOptions()
+    if cancel is None:
+        yield how
+        return
+
+    def interrupt() -> None:
+        how.terminate = True
+
+    with watched(cancel, interrupt):
+        yield how
 
 
 def value_of(array: NDArray[Any]) -> Any:

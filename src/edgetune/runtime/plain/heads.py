@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetune.errors import InputError
+from edgetune.runtime import checks
 from edgetune.runtime.plain.encoder import Encoder, Floats, softmax
-from edgetune.runtime.plain.tokens import Long, Text, Window
+from edgetune.runtime.plain.tokens import Long, Text, Window, checked, strings
 
 _OUTSIDE = "O"  # the label of a word that is no part of a span
 
@@ -83,14 +84,15 @@ class Classifier(Encoder):
         Args:
             texts: strings, or pairs of strings for a model that compares two.
             long: over-long texts are refused, or read in windows, whose scores are averaged.
-            cancel: set it from any thread, and reading ends after the batch that runs, with an EdgetuneError.
+            cancel: set it from any thread, and reading ends at once, with an EdgetuneError.
 
         Raises:
             InputError: a text is not Unicode, or over-long and refused.
             EdgetuneError: cancelled, closed, or the runtime failed.
         """
+        texts = checked(texts)
         sums, counts = np.zeros((len(texts), len(self.labels))), np.zeros(len(texts))
-        for window, (logits,) in self._run(self._tokens.windows(texts, long), cancel):
+        for window, (logits,) in self._read(texts, long, cancel):
             sums[window.text] += self._scores(logits)
             counts[window.text] += 1
         return [self._told(row) for row in sums / np.maximum(counts, 1)[:, None]]
@@ -130,14 +132,15 @@ class Tagger(Encoder):
             texts: any number.
             long: over-long texts are refused, or read in windows that share a quarter; a word's label is then that of the
                 window where most stands on both its sides.
-            cancel: set it from any thread, and reading ends after the batch that runs, with an EdgetuneError.
+            cancel: set it from any thread, and reading ends at once, with an EdgetuneError.
 
         Raises:
             InputError: a text is not Unicode, or over-long and refused.
             EdgetuneError: cancelled, closed, or the runtime failed.
         """
+        texts = strings(texts)
         words: list[dict[int, _Word]] = [{} for _ in texts]  # by a word's number in the text
-        for window, (logits,) in self._run(self._tokens.windows(texts, long, overlap=True), cancel):
+        for window, (logits,) in self._read(texts, long, cancel, overlap=True):
             _add_words(words[window.text], window, logits)
         return [
             self._spans(text, sorted(found.values(), key=lambda word: word.start))
@@ -215,18 +218,17 @@ class Answerer(Encoder):
             context: the text that holds the answer.
             max_tokens: most tokens of an answer.
             long: an over-long text is refused, or read in windows that share a quarter; the likeliest answer of all counts.
-            cancel: set it from any thread, and reading ends after the batch that runs, with an EdgetuneError.
+            cancel: set it from any thread, and reading ends at once, with an EdgetuneError.
 
         Raises:
             InputError: a text is not Unicode, empty, or over-long and refused.
             EdgetuneError: cancelled, closed, or the runtime failed.
         """
-        if not question.strip() or not context.strip():
+        if not checks.text("question", question).strip() or not checks.text("context", context).strip():
             raise InputError("question or text is empty", fix="give both")
-        if max_tokens < 1:
-            raise InputError(f"must be a whole number from 1, not {max_tokens!r}", where="max_tokens")
-        windows = self._tokens.windows([(question, context)], long, overlap=True)
-        found = [_best(window, logits[0], logits[1], max_tokens) for window, logits in self._run(windows, cancel)]
+        most = checks.whole("max_tokens", max_tokens, 1)
+        read = self._read([(question, context)], long, cancel, overlap=True)
+        found = [_best(window, logits[0], logits[1], most) for window, logits in read]
         score, (start, end) = max(((one[0], one[1]) for one in found), key=lambda one: one[0])
         start, end = trimmed(context, start, end)
         return FoundAnswer(context[start:end], start, end, score, min(none for _, _, none in found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -11,15 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import InputError
+from edgetune.runtime import checks
+from edgetune.runtime.cancel import Cancel
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Piece
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions, OptionFields, options_of
 from edgetune.runtime.plain.artifact import PlainArtifact
 from edgetune.runtime.plain.description import DECODER_GRAPH, ENCODER_GRAPH
-from edgetune.runtime.plain.graph import Graph, value_of
+from edgetune.runtime.plain.graph import Graph, interruptible, value_of
 from edgetune.runtime.plain.tokens import Tokens
 from edgetune.runtime.stops import StopFilter
 
-_FOLLOWED = ("max_tokens", "stop", "exact", "reuse", "speculation")  # the last three change nothing here
+_FOLLOWED = ("max_tokens", "stop", "exact", "reuse", "speculation")  # the last three allow what is not done here
+_MOST_IDS = 2**31  # the graph itself refuses those that are none of its own
 
 
 class Seq2Seq:
@@ -62,7 +67,7 @@ class Seq2Seq:
         Raises:
             InputError: it is not Unicode, empty, or over-long.
         """
-        if not text.strip():
+        if not checks.text("text", text).strip():
             raise InputError("the prompt is empty", fix="give some text")
         return list(self._tokens.windows([text], "refuse")[0].encoding.ids)
 
@@ -79,18 +84,20 @@ class Seq2Seq:
             text: what the model reads.
             options: of which `max_tokens` (512 at most when None, and never more than the model writes) and `stop` are
                 followed.
-            cancel: set it from any thread, and the answer ends at the next token with reason `cancelled`.
+            cancel: set it from any thread, and the answer ends at once with reason `cancelled`.
             fields: of GenerationOptions (`max_tokens=64`), in place of those of `options`.
 
         Raises:
             InputError: the text is empty or over-long, or the options ask for what such a model does not do here.
             EdgetuneError: closed, or the runtime failed.
         """
+        checks.event("cancel", cancel)
         options = options_of(options, fields)
         plain = GenerationOptions(exact=options.exact)
         asked = [
             name for name in vars(plain) if name not in _FOLLOWED and getattr(options, name) != getattr(plain, name)
         ]
+        asked += ["speculation"] if options.speculation == "on" else []
         if asked:
             raise InputError(
                 f"a sequence-to-sequence model answers greedily: {', '.join(asked)} cannot be followed",
@@ -98,7 +105,7 @@ class Seq2Seq:
                 fix=f"leave {'it' if len(asked) == 1 else 'them'} out",
             )
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, self.artifact.description.max_answer)
-        return self._answer(self.encode(text), limit, options.stop, cancel or threading.Event())
+        return self._answer(self.encode(text), limit, options.stop, cancel)
 
     def generate(
         self,
@@ -124,8 +131,9 @@ class Seq2Seq:
         Returns:
             (tokens of the answer + 1, vocabulary) float32: row i is what token i is chosen by.
         """
-        state = self._read(ids)
-        rows: NDArray[np.float32] = self._step(state, [self.artifact.description.start_id, *answer])
+        given = [checks.token_ids(name, value, _MOST_IDS) for name, value in (("ids", ids), ("answer", answer))]
+        state = self._read(given[0])
+        rows: NDArray[np.float32] = self._step(state, [self.artifact.description.start_id, *given[1]])
         return rows
 
     def choose(self, logits: NDArray[np.float32], place: int) -> int:
@@ -142,47 +150,49 @@ class Seq2Seq:
             logits[list(description.suppressed)] = -np.inf
         return int(logits.argmax())
 
-    def _answer(self, ids: list[int], limit: int, stops: Sequence[str], cancel: threading.Event) -> Generator[Piece]:
+    def _answer(self, ids: list[int], limit: int, stops: Sequence[str], cancel: Cancel | None) -> Generator[Piece]:
         started, decoder, words = time.perf_counter(), self._tokens.stream(), StopFilter(stops)
         made: list[int] = []
         text: list[str] = []
         reason: Literal["stop", "length", "cancelled"] = "cancelled"
         ttft_s, decode_s = None, 0.0
-        state = {} if cancel.is_set() else self._read(ids)
         token = self.artifact.description.start_id
-        while reason == "cancelled" and not cancel.is_set():
-            before = time.perf_counter()
-            token = self.choose(self._step(state, [token])[-1].copy(), len(made))
-            now = time.perf_counter()
-            if ttft_s is None:
-                ttft_s = now - started
-            else:
-                decode_s += now - before
-            made.append(token)
-            text.append(words.feed(decoder.feed(token)))
-            if words.found or token in self.artifact.description.stop_ids:
-                reason = "stop"
-            elif len(made) >= limit:
-                reason = "length"
-            yield Piece(text[-1], (token,))
+        given_up = threading.Event() if cancel is None else cancel
+        with contextlib.suppress(Interrupted), interruptible(cancel) as how:
+            state = {} if given_up.is_set() else self._read(ids, how)
+            while reason == "cancelled" and not given_up.is_set():
+                before = time.perf_counter()
+                token = self.choose(self._step(state, [token], how)[-1].copy(), len(made))
+                now = time.perf_counter()
+                if ttft_s is None:
+                    ttft_s = now - started
+                else:
+                    decode_s += now - before
+                made.append(token)
+                text.append(words.feed(decoder.feed(token)))
+                if words.found or token in self.artifact.description.stop_ids:
+                    reason = "stop"
+                elif len(made) >= limit:
+                    reason = "length"
+                yield Piece(text[-1], (token,))
         text.append(words.rest())
         speed = (len(made) - 1) / decode_s if decode_s > 0 else None
         yield Piece(text[-1], (), Completion("".join(text), tuple(made), reason, len(ids), len(made), ttft_s, speed))
 
-    def _read(self, ids: Sequence[int]) -> dict[str, Any]:
+    def _read(self, ids: Sequence[int], how: Any = None) -> dict[str, Any]:
         """What the decoder needs of a text: its mask, and each layer's keys and values; and that nothing is written yet."""
         array = np.array([ids], np.int64)
         mask = value_of(np.ones_like(array))
-        cross = self._encoder.run_values({"input_ids": value_of(array), "attention_mask": mask})
+        cross = self._encoder.run_values({"input_ids": value_of(array), "attention_mask": mask}, how)
         state = {"attention_mask": mask, **dict(zip(self._encoder.outputs, cross, strict=True))}
         for name in self._past:
             _, heads, _, size = self._decoder.inputs[name]
             state[name] = value_of(np.zeros((1, heads, 0, size), np.float32))
         return state
 
-    def _step(self, state: dict[str, Any], tokens: Sequence[int]) -> NDArray[np.float32]:
+    def _step(self, state: dict[str, Any], tokens: Sequence[int], how: Any = None) -> NDArray[np.float32]:
         """Let the decoder read tokens; returns the logits (tokens, vocabulary) after each. `state` knows them then."""
         read = value_of(np.array([tokens], np.int64))
-        logits, *present = self._decoder.run_values({**state, "input_ids": read})
+        logits, *present = self._decoder.run_values({**state, "input_ids": read}, how)
         state.update(zip(self._past, present, strict=True))
         return logits.numpy()[0]

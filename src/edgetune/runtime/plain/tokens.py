@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgetune.errors import EdgetuneError, InputError, first_line
-from edgetune.runtime.native import check_text
+from edgetune.runtime import checks
+from edgetune.runtime.cancel import Cancel
+from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.plain.artifact import PlainArtifact
 
 if TYPE_CHECKING:
@@ -18,6 +20,32 @@ Long = Literal["refuse", "window"]
 Text = str | tuple[str, str]  # a tuple is a pair of texts that the model reads together
 _SHARED = 4  # a window shares a quarter of its tokens with the one before
 _LEAST = 4  # tokens of a text in a window, below which cutting makes no sense
+_AT_ONCE = 64  # texts that are tokenized before anybody looks whether it is cancelled
+
+
+def strings(texts: Any) -> list[str]:
+    """What callers give as texts. Raises InputError: it is no list of strings, or a text is not Unicode."""
+    return [checks.text(f"texts[{place}]", one) for place, one in enumerate(_listed(texts, "a list of strings"))]
+
+
+def checked(texts: Any) -> list[Text]:
+    """What callers give as texts, or pairs of them. Raises InputError: it is something else, or a text is not Unicode."""
+    found: list[Text] = []
+    for place, one in enumerate(_listed(texts, "a list of strings, or of pairs of strings")):
+        where = f"texts[{place}]"
+        if isinstance(one, tuple | list):
+            if len(one) != 2:
+                raise InputError(f"must be a string or a pair of strings, not {checks.shown(one)}", where=where)
+            found.append((checks.text(where, one[0]), checks.text(where, one[1])))
+        else:
+            found.append(checks.text(where, one))
+    return found
+
+
+def _listed(texts: Any, what: str) -> list[Any]:
+    if isinstance(texts, str):
+        raise InputError(f"must be {what}, not one string", where="texts", fix=f"give [{checks.shown(texts)}]")
+    return checks.items("texts", texts, what)
 
 
 @dataclass(frozen=True)
@@ -60,26 +88,24 @@ class Tokens:
                     fix="export it again; if it stays so, this version of `tokenizers` reads the file differently",
                 )
 
-    def windows(self, texts: Sequence[Text], long: Long, *, overlap: bool = False) -> list[Window]:
+    def windows(
+        self, texts: Sequence[Text], long: Long, *, overlap: bool = False, cancel: Cancel | None = None
+    ) -> list[Window]:
         """Tokenize texts, or pairs of them, with what the model's tokenizer adds.
 
         Args:
-            texts: one or more.
+            texts: as `checked` gives them.
             long: an over-long text is refused, or cut into windows; of a pair the second one is cut.
             overlap: a window begins with the last quarter of the one before, so that each token has some around it.
+            cancel: set it from any thread.
 
         Raises:
-            InputError: a text is not Unicode, over-long and refused, or so long that a pair's first one fills a window.
+            Interrupted: it was cancelled.
+            InputError: a text is over-long and refused, or so long that a pair's first one fills a window.
         """
-        if isinstance(texts, str):
-            raise InputError("texts are a list of strings, not one string", fix=f"give [{texts[:20]!r}]")
-        if long not in ("refuse", "window"):
-            raise InputError(f"must be refuse or window, not {long!r}", where="long")
-        for text in texts:
-            for part in (text,) if isinstance(text, str) else text:
-                check_text(part)
+        checks.choice("long", long, ("refuse", "window"))
         found: list[Window] = []
-        for number, encoding in enumerate(self._encode(texts, self._whole)):
+        for number, encoding in enumerate(self._encodings(texts, cancel)):
             if len(encoding.ids) <= self.max_length:
                 found.append(Window(number, encoding))
                 continue
@@ -99,6 +125,12 @@ class Tokens:
     def stream(self) -> Decoder:
         """A decoder of one answer's tokens, as they come."""
         return Decoder(self._whole)
+
+    def _encodings(self, texts: Sequence[Text], cancel: Cancel | None) -> Iterator[Encoding]:
+        for start in range(0, len(texts), _AT_ONCE):
+            if cancel is not None and cancel.is_set():
+                raise Interrupted
+            yield from self._encode(texts[start : start + _AT_ONCE], self._whole)
 
     def _encode(self, texts: Sequence[Text], tokenizer: Tokenizer) -> list[Encoding]:
         return list(tokenizer.encode_batch([self._lowered(text) for text in texts]))
