@@ -205,3 +205,30 @@ def test_phi3_exports_and_passes(tmp_path: Path) -> None:
     export_model(model, tmp_path / "phi3", ExportSection(target="cpu-fp32"))
     report = verify_artifact(tmp_path / "phi3", model, rows, None, {}, None)
     assert report["passed"] and report["kld_mean"] < 1e-4
+
+
+def _leaves_out(warnings: list[str]) -> bool:
+    return any("3 of 4 golden prompts were left out: with an answer they do not fit" in text for text in warnings)
+
+
+def test_golden_prompts_that_a_short_context_does_not_hold(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    """A quantized graph has no angles for positions beyond its context."""
+    export_model(tiny_model, tmp_path / "short", ExportSection(target="cpu-int8", max_length=64))
+    report = verify_artifact(tmp_path / "short", tiny_model, rows, 4, {}, None)
+    assert [answer["prompt"] for answer in report["golden"]] == ["What is the capital of France?"]
+    assert report["golden"][0]["tokens"] <= 64 - 42 and _leaves_out(report["warnings"])
+
+
+def test_a_run_with_a_short_context_goes_to_its_end(
+    tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows)
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: rows.jsonl, validation: {{auto: 0.25}}}}\n"
+        "train: {rank: 4, max_steps: 1, batch_size: 4, evaluations: 1, samples: 0}\n"
+        "export: {target: cpu-int8, max_length: 64}\n"
+        "verify: {rows: 2, limits: {kld_mean: 9, kld_p99: 9, top1_agreement: 0, perplexity_ratio: 9}}\n"
+        "bench: {prompt_tokens: 16, new_tokens: 4, warmup: 0, repetitions: 1}\n"
+    )
+    done = edgetune("run", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 0 and _leaves_out([done.stderr]), done.stderr
