@@ -232,3 +232,16 @@ def test_a_run_with_a_short_context_goes_to_its_end(
     )
     done = edgetune("run", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0 and _leaves_out([done.stderr]), done.stderr
+
+
+def test_numbers_that_are_none_name_their_folder(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "nan"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    for judged, reference, code in ((tiny_model, broken, 2), (broken, tiny_model, 3)):
+        with pytest.raises(EdgetuneError, match="not finite numbers, first in row 1") as caught:
+            verify_artifact(judged, reference, rows, 4, {}, None)
+        assert caught.value.where == str(broken) and caught.value.exit_code == code
