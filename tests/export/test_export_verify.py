@@ -245,3 +245,46 @@ def test_numbers_that_are_none_name_their_folder(tiny_model: Path, rows: Path, t
         with pytest.raises(EdgetuneError, match="not finite numbers, first in row 1") as caught:
             verify_artifact(judged, reference, rows, 4, {}, None)
         assert caught.value.where == str(broken) and caught.value.exit_code == code
+
+
+def test_its_card_has_what_was_measured(artifact: Path, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(artifact, tmp_path / "own"))
+    assert "Nothing yet" in (own / "README.md").read_text()
+    verify_artifact(own, tiny_model, rows, 2, {"kld_mean": 0.25}, None)
+    card = (own / "README.md").read_text()
+    assert "Nothing yet" not in card and "| gate | passed |" in card and "mean KL divergence at most 0.25 nats" in card
+    short = ("--prompt-tokens", "20", "--new-tokens", "4", "--warmup", "0", "--repetitions", "1", "--loads", "0")
+    done = edgetune("bench", own, *short)
+    assert done.returncode == 0, done.stderr
+    verify_artifact(own, tiny_model, rows, 3, {}, None)
+    again = (own / "README.md").read_text()
+    assert again.count("| gate |") == 1 and again.index("| gate |") < again.index("| measured on |")
+    assert "| decode |" in again and again.count("## ") == card.count("## ")
+    open_artifact(own)  # card and manifest agree
+
+
+@pytest.mark.parametrize("how", ["another model", "in use", "cannot be written"])
+def test_a_card_that_is_left_alone(
+    how: str,
+    artifact: Path,
+    tiny_model: Path,
+    other_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from edgetune.export import card as module
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    own = Path(shutil.copytree(artifact, tmp_path / "own"))
+    before = (own / "README.md").read_text()
+    if how == "in use":
+        monkeypatch.chdir(own)
+    if how == "cannot be written":
+        monkeypatch.setattr(module, "rewrite_card", refused)
+    verify_artifact(own, other_model if how == "another model" else tiny_model, rows, 2, {}, None)
+    assert (own / "README.md").read_text() == before
+    assert how == "another model" or "the card" in capsys.readouterr().err
