@@ -288,3 +288,9 @@ def test_a_card_that_is_left_alone(
     verify_artifact(own, other_model if how == "another model" else tiny_model, rows, 2, {}, None)
     assert (own / "README.md").read_text() == before
     assert how == "another model" or "the card" in capsys.readouterr().err
+
+
+def test_a_limit_of_nothing_lifts_it() -> None:
+    from edgetune.recipe_file import limits_from
+
+    assert limits_from(["top1_agreement=0"]) == {"top1_agreement": 0}
