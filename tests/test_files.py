@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -267,3 +268,10 @@ def test_extras_are_those_of_the_project() -> None:
         named = {line.partition(">=")[0].replace("-", "_") for line in lines} - {"edgetune[export]"}
         assert set(packages) == named - (set() if extra == "train" else {"gguf"})  # only to read a GGUF base
         assert all(importlib.util.find_spec(package) for package in packages)
+
+
+def test_small_room_is_told_in_numbers_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200_000))
+    with pytest.raises(InputError, match=r"needs about 0.345 MB of disk, 0.200 MB are free") as caught:
+        files.require_space(tmp_path / "new", 345_000, "the export")
+    assert caught.value.where == str(tmp_path / "new")

@@ -255,12 +255,16 @@ def existing(path: Path) -> Path:
     return path
 
 
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}" if count >= 10_000_000 else f"{count / 1e6:.3f}"
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise InputError when the disk that holds `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         raise InputError(
-            f"{what} needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+            f"{what} needs about {_megabytes(needed)} MB of disk, {_megabytes(free)} MB are free",
             where=folder,
             fix="free some space, or choose a folder on another disk (`runs_dir=…`, EDGETUNE_HOME)",
         )

@@ -313,7 +313,7 @@ class Pipeline:
             self._inputs.exported() as (model, adapters),
         ):
             section, trusted = self.recipe.export, self.recipe.model.trust_remote_code
-            preflight(model, target, section.max_length, second, steps=section.heal.steps, trust_remote_code=trusted)
+            preflight(model, target, section.max_length, artifact, steps=section.heal.steps, trust_remote_code=trusted)
             export(
                 model,
                 target,

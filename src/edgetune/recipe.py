@@ -172,7 +172,7 @@ class Limits(Section):
     kld_mean: float = Field(0.05, gt=0, description="Mean KL divergence of the next-token distributions, in nats.")
     kld_p99: float = Field(0.5, gt=0, description="99th percentile of the KL divergence, in nats.")
     top1_agreement: float = Field(
-        0.9, gt=0, le=1, description="Share of positions at which both models' best token is the same."
+        0.9, ge=0, le=1, description="Share of positions at which both models' best token is the same."
     )
     perplexity_ratio: float = Field(1.05, gt=0, description="Perplexity of the artifact over that of the merged model.")
 

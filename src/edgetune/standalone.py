@@ -155,7 +155,7 @@ def export_model(
     from edgetune.export.package import export
     from edgetune.export.plain.kinds import task_of
     from edgetune.export.plain.package import export_plain
-    from edgetune.export.preflight import preflight
+    from edgetune.export.preflight import preflight, require_room_for
     from edgetune.export.quantized import Examples
     from edgetune.export.targets import target_of
     from edgetune.models import resolve
@@ -168,6 +168,7 @@ def export_model(
         require_separable(target)
     for source in [merged, *(folder for _, folder in given)]:
         _check_out(out, source, "export")
+    require_room_for(merged, target, out, steps=section.heal.steps)
     base = resolve(ModelSection(id=str(merged.absolute() if merged.exists() else merged)))
     task = task_of(base.path)
     if task and given:
@@ -199,7 +200,7 @@ def export_model(
             base.path,
             target,
             section.max_length,
-            artifact,
+            out,
             steps=section.heal.steps,
             chat_template=str(template) if template and template.is_file() else None,
         )
@@ -254,7 +255,7 @@ def _examples(merged: Path, data: Path | None, rows: int | None, heal: HealSecti
         return Examples()
     renderer = Renderer(load_tokenizer(merged), set(stop_ids(merged)))
     most = sys.maxsize if rows is None else rows
-    found = encode_any(data, renderer, "assistant", context_length(merged), most)
+    found = encode_any(data, renderer, "assistant", context_length(merged), most, side="training")
     return Examples(found, heal, where=str(data))
 
 

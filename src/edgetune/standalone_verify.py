@@ -41,12 +41,12 @@ def verify_artifact(
         limits: limits that replace the run's or the default ones.
         out: folder that gets report.json, or None; what else lies in it stays.
         step: tokens of a row that are fed to the artifact at once; the run's own recipe decides when not given.
-        provider: where the artifact runs, as targets have it; what it was made for when not given. The card of edgetune's
-            own artifacts says so when that was done.
+        provider: where the artifact runs, as targets have it; what it was made for when not given.
         adapter: of an artifact that carries adapters, which one is on; `none`: the base; its only one when not given.
 
     Returns:
-        The report of `edgetune.export.verify.verify`, with `path` and `against`.
+        The report of `edgetune.export.verify.verify`, with `path` and `against`. The card of an artifact of edgetune's own
+        that was made from `merged` has its numbers then.
     """
     from edgetune.data.render import Renderer
     from edgetune.export.card import stamp
@@ -70,7 +70,7 @@ def verify_artifact(
             where=found,
             fix="name a file of examples: --data FILE",
         )
-    _tell_of_another_origin(found, against)
+    another = _tell_of_another_origin(found, against)
     switched = adapter_of(found, adapter)
     section, train_on = settings_beside(run)
     if not (run / "recipe.json").is_file():
@@ -90,19 +90,29 @@ def verify_artifact(
         )
     if out is not None:
         write_json(out / "report.json", report)
-    stamp(found, report)
+    bare = switched is None and "adapters" in read_manifest(found)  # its card tells of an adapter
+    stamp(found, "verify", report, only_device=another or bare or in_run(found))
     return {"path": str(found), "against": str(against), **report}
 
 
-def _tell_of_another_origin(artifact: Path, merged: Path) -> None:
-    """Say so where the artifact's own manifest names another model."""
+def in_run(artifact: Path) -> bool:
+    """Whether an artifact is a run's, which writes its card itself."""
+    return artifact.name == "artifact" and (artifact.parent / "recipe.json").is_file()
+
+
+def _tell_of_another_origin(artifact: Path, merged: Path) -> bool:
+    """Whether the artifact's own manifest names another model, which is said."""
     from edgetune.export.readers import is_graph
 
     manifest = read_manifest(artifact)
     made_from = manifest.get("inputs", {}).get("merged")
-    if made_from and not is_graph(merged) and made_from not in _digests(merged):
+    if is_graph(merged):
+        return True
+    if made_from and made_from not in _digests(merged):
         name = manifest.get("name") or artifact.name
         say(f"note: {name} was not made from {merged}, says its manifest; comparing them all the same")
+        return True
+    return False
 
 
 def _rows_of(

@@ -459,3 +459,24 @@ def test_the_command_line_takes_names(skills: Path) -> None:
     for command in (["generate", skills, "hello"], ["chat", skills], ["bench", skills]):
         bad = edgetune(*command, "--adapter", "tidy")
         assert bad.returncode == 2 and "has no adapter 'tidy': it has wide, narrow" in bad.stderr
+
+
+def test_what_an_adapter_costs_is_in_the_card(tiny_model: Path, two: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "skill"
+    export_model(tiny_model, out, ExportSection(target="cpu-fp32", max_length=128), adapters=[str(two["wide"])])
+    short = ("--prompt-tokens", "16", "--new-tokens", "4", "--warmup", "0", "--repetitions", "2", "--loads", "0")
+    done = edgetune("bench", out, *short)
+    assert done.returncode == 0, done.stderr
+    assert "were the adapter merged" in (out / "README.md").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_a_foreign_adapter_that_names_another_base(
+    tiny_model: Path, two: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, base = Path(shutil.copytree(two["wide"], tmp_path / "adapter")), resolve(ModelSection(id=str(tiny_model)))
+    read_adapters([("one", folder)], base)
+    assert "warning" not in capsys.readouterr().err
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="someone/Other-1B")
+    read_adapters([("one", folder)], base)
+    assert "warning: one was trained on someone/Other-1B" in capsys.readouterr().err

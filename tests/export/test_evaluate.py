@@ -96,3 +96,21 @@ def test_what_holds_no_model_is_exit_2(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = edgetune("evaluate", tmp_path, "--tasks", "capitals")
     assert done.returncode == 2 and "is not an artifact" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{{country}}", "{{nothing}}", "a task does not fit its data: .*nothing"),
+        ("output_type: multiple_choice", "output_type: frob", "a task cannot be used: .*output_type 'frob'"),
+        ("test_split: test", "test_split: [", r"own.yaml: not valid YAML: .*line \d+"),
+    ],
+)
+def test_tasks_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"country": "c", "choices": ["one", "two"], "answer": 0}])
+    task = tmp_path / "own.yaml"
+    task.write_text(TASK.format(data=data, kind="multiple_choice", metric="acc").replace(old, new))
+    with pytest.raises(InputError, match=said):
+        module._load([str(task)], None, None)

@@ -205,3 +205,92 @@ def test_phi3_exports_and_passes(tmp_path: Path) -> None:
     export_model(model, tmp_path / "phi3", ExportSection(target="cpu-fp32"))
     report = verify_artifact(tmp_path / "phi3", model, rows, None, {}, None)
     assert report["passed"] and report["kld_mean"] < 1e-4
+
+
+def _leaves_out(warnings: list[str]) -> bool:
+    return any("3 of 4 golden prompts were left out: with an answer they do not fit" in text for text in warnings)
+
+
+def test_golden_prompts_that_a_short_context_does_not_hold(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    """A quantized graph has no angles for positions beyond its context."""
+    export_model(tiny_model, tmp_path / "short", ExportSection(target="cpu-int8", max_length=64))
+    report = verify_artifact(tmp_path / "short", tiny_model, rows, 4, {}, None)
+    assert [answer["prompt"] for answer in report["golden"]] == ["What is the capital of France?"]
+    assert report["golden"][0]["tokens"] <= 64 - 42 and _leaves_out(report["warnings"])
+
+
+def test_a_run_with_a_short_context_goes_to_its_end(
+    tiny_model: Path, tiny_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows)
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {{id: {tiny_model}}}\ndata: {{train: rows.jsonl, validation: {{auto: 0.25}}}}\n"
+        "train: {rank: 4, max_steps: 1, batch_size: 4, evaluations: 1, samples: 0}\n"
+        "export: {target: cpu-int8, max_length: 64}\n"
+        "verify: {rows: 2, limits: {kld_mean: 9, kld_p99: 9, top1_agreement: 0, perplexity_ratio: 9}}\n"
+        "bench: {prompt_tokens: 16, new_tokens: 4, warmup: 0, repetitions: 1}\n"
+    )
+    done = edgetune("run", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 0 and _leaves_out([done.stderr]), done.stderr
+
+
+def test_numbers_that_are_none_name_their_folder(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "nan"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    for judged, reference, code in ((tiny_model, broken, 2), (broken, tiny_model, 3)):
+        with pytest.raises(EdgetuneError, match="not finite numbers, first in row 1") as caught:
+            verify_artifact(judged, reference, rows, 4, {}, None)
+        assert caught.value.where == str(broken) and caught.value.exit_code == code
+
+
+def test_its_card_has_what_was_measured(artifact: Path, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(artifact, tmp_path / "own"))
+    assert "Nothing yet" in (own / "README.md").read_text()
+    verify_artifact(own, tiny_model, rows, 2, {"kld_mean": 0.25}, None)
+    card = (own / "README.md").read_text()
+    assert "Nothing yet" not in card and "| gate | passed |" in card and "mean KL divergence at most 0.25 nats" in card
+    short = ("--prompt-tokens", "20", "--new-tokens", "4", "--warmup", "0", "--repetitions", "1", "--loads", "0")
+    done = edgetune("bench", own, *short)
+    assert done.returncode == 0, done.stderr
+    verify_artifact(own, tiny_model, rows, 3, {}, None)
+    again = (own / "README.md").read_text()
+    assert again.count("| gate |") == 1 and again.index("| gate |") < again.index("| measured on |")
+    assert "| decode |" in again and again.count("## ") == card.count("## ")
+    open_artifact(own)  # card and manifest agree
+
+
+@pytest.mark.parametrize("how", ["another model", "in use", "cannot be written"])
+def test_a_card_that_is_left_alone(
+    how: str,
+    artifact: Path,
+    tiny_model: Path,
+    other_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from edgetune.export import card as module
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    own = Path(shutil.copytree(artifact, tmp_path / "own"))
+    before = (own / "README.md").read_text()
+    if how == "in use":
+        monkeypatch.chdir(own)
+    if how == "cannot be written":
+        monkeypatch.setattr(module, "rewrite_card", refused)
+    verify_artifact(own, other_model if how == "another model" else tiny_model, rows, 2, {}, None)
+    assert (own / "README.md").read_text() == before
+    assert how == "another model" or "the card" in capsys.readouterr().err
+
+
+def test_a_limit_of_nothing_lifts_it() -> None:
+    from edgetune.recipe_file import limits_from
+
+    assert limits_from(["top1_agreement=0"]) == {"top1_agreement": 0}

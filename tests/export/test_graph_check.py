@@ -259,3 +259,28 @@ def test_a_weight_that_is_another_is_named(tmp_path: Path) -> None:
         compare_weights(merged(tmp_path / "other", 2 * right.T), file, "int8")
     with pytest.raises(EdgetuneError, match=r"is \(3, 4\), the merged model's is \(4, 3\)"):
         compare_weights(merged(tmp_path / "shape", right), file, "fp32")
+
+
+def test_what_cannot_run_here_is_told_without_this_machines_folders(
+    tiny_artifact: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from edgetune.runtime import session
+
+    def refused(*_: Any, **__: Any) -> None:
+        what = f"ONNX Runtime cannot load the artifact: NOT_IMPLEMENTED: {tiny_artifact}/model.onnx has MatMul(13)"
+        raise EdgetuneError(what, where=tiny_artifact, fix="export it again")
+
+    monkeypatch.setattr(session, "Session", refused)
+    said = "ONNX Runtime cannot load the artifact: NOT_IMPLEMENTED: model.onnx has MatMul(13)"
+    assert _load(tiny_artifact, runs=False) == {"ran_on_cpu": False, "cpu_says": said}
+
+
+def test_checks_do_not_let_libraries_speak(
+    tiny_artifact: Path,  # noqa: F811
+    tiny_model: Path,
+    recwarn: pytest.WarningsRecorder,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    check_greedy(tiny_model, tiny_artifact)
+    assert not recwarn.list and not capfd.readouterr().err

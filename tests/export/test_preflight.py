@@ -13,7 +13,7 @@ import pytest
 
 from edgetune.errors import InputError
 from edgetune.export import builder, decoder
-from edgetune.export.builder import architectures, explained
+from edgetune.export.builder import architectures, explained, option_words
 from edgetune.export.preflight import preflight, require_rows
 from edgetune.export.targets import Target, load_target
 
@@ -73,6 +73,7 @@ def test_a_builder_whose_list_cannot_be_read_stops_nothing(
         look(model("Olmo2Config"), "cpu-fp32")
     finally:
         architectures.cache_clear()
+        option_words.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["Olmo2Config", "CohereConfig", "StableLmConfig", "Starcoder2Config"])
@@ -241,3 +242,41 @@ def test_how_a_builder_ends_is_one_message(
     assert kept.is_file() == (exit_code == 1)
     if exit_code == 1:
         assert kept.read_bytes() == log.encode() and str(kept) in str(error.fix)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "said"),
+    [
+        ("cpu-int4", {"quantization": {"modules": {"donw_proj": {"bits": 8}}}}, "no matrix `donw_proj`.*`down_proj`"),
+        ("qnn-npu", {"static": {"modules": {"lm_haed": 16}}}, "no matrix `lm_haed`.*`lm_head`"),
+        ("cpu-fp32", {"options": {"prune_lm_haed": True}}, "reads no option `prune_lm_haed`.*`prune_lm_head`"),
+        ("cpu-fp32", {"options": {"foo_bar": 1}}, "reads no option `foo_bar`"),
+    ],
+)
+def test_names_in_a_target_that_mean_nothing(tiny_model: Path, target: str, changes: dict[str, Any], said: str) -> None:
+    option_words.cache_clear()
+    found = load_target(target).model_dump()
+    for key, values in changes.items():
+        found[key] = {**(found[key] or {}), **values}
+    with pytest.raises(InputError, match=f"(?s){said}"):
+        look(tiny_model, Target.model_validate(found))
+
+
+def test_names_in_a_target_that_mean_something(tiny_model: Path) -> None:
+    found = load_target("cpu-int4").model_dump()
+    found["quantization"]["modules"] = {"model.layers.1.mlp.down_proj": {"bits": 8}, "lm_head": {"bits": 8}}
+    found["options"] = {"accuracy_level": 4, "prune_lm_head": True}
+    look(tiny_model, Target.model_validate(found))
+
+
+def test_room_is_looked_at_before_files_are_hashed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune import models
+    from edgetune.recipe import ExportSection
+    from edgetune.standalone import export_model
+
+    monkeypatch.setattr("edgetune.export.needs.available_memory", lambda: 1e8)
+    monkeypatch.setattr(models, "resolve", lambda *_: pytest.fail("it was hashed"))
+    with pytest.raises(InputError, match="100 MB are there"):
+        export_model(tiny_model, tmp_path / "out", ExportSection(target="cpu-fp32"))

@@ -75,3 +75,21 @@ def test_what_contradicts_is_refused_before_the_work(
     with pytest.raises(InputError, match=told) as caught:
         export_model(changed(change, **config), tmp_path / "out", ExportSection(target=target))
     assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_layers_that_config_does_not_know(changed: Callable[..., Path], tmp_path: Path) -> None:
+    less = changed(lambda _: None, num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"says 1 layers \(num_hidden_layers\), the files hold more: model.layers.1"):
+        check_source(less, skeleton(less))
+
+
+def test_what_a_model_does_not_read_is_left_out(changed: Callable[..., Path], tmp_path: Path) -> None:
+    more = changed(lambda found: found.update({"model.layers.5.foo.weight": torch.ones(64, 64)}))
+    export_model(more, tmp_path / "out", ExportSection(target="cpu-int8", max_length=128))
+
+
+def test_numbers_beyond_float16(changed: Callable[..., Path]) -> None:
+    large = changed(lambda found: found[UP].view(-1)[3:4].fill_(7e4))
+    check_source(large, skeleton(large))
+    with pytest.raises(InputError, match=rf"{UP} holds 70000, and the target's weights go up to 65504"):
+        check_source(large, skeleton(large), 65504.0)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgetune.errors import EdgetuneError, GateError
+from edgetune.errors import GateError, InputError
 from edgetune.export.scores import WORST, Scores, bucket
 from edgetune.export.tokens import CLASSES, Tokens
 
@@ -126,15 +126,16 @@ def test_logits_that_are_no_numbers_are_refused_and_a_token_of_no_probability_is
     scores = Scores()
     scores.add(good, good, 0, 0, [0, 1], [False, True])
     assert scores.summary()["kld_mean"] == 0
-    for wanted, found, error in ((good * float("nan"), good, EdgetuneError), (good, good * float("nan"), GateError)):
-        scores = Scores()
-        scores.add(wanted, found, 0, 0, [0, 1], [False, True])
-        with pytest.raises(error, match="not finite"):
-            scores.summary()
-    scores = Scores()  # the artifact rules out what the model holds possible
-    scores.add(good[:, :2], torch.tensor([[0.0, float("-inf")]] * 2), 0, 0, [0, 0], [False, True])
-    with pytest.raises(GateError, match="not finite"):
-        scores.summary()
+    folders = Path("reference"), Path("judged")
+    for wanted, found, error in (
+        (good * float("nan"), good, InputError),
+        (good, good * float("nan"), GateError),
+        # the artifact rules out what the model holds possible
+        (good[:, :2], torch.tensor([[0.0, float("-inf")]] * 2), GateError),
+    ):
+        with pytest.raises(error, match="not finite numbers, first in row 3") as caught:
+            Scores(folders).add(wanted, found, 2, 0, [0, 0], [False, True])
+        assert caught.value.where == ("reference" if error is InputError else "judged")
 
 
 def test_tokens_have_classes_and_texts(tiny_model: Path) -> None:

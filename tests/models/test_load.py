@@ -170,3 +170,24 @@ def test_importing_is_light() -> None:
     code = f"import edgetune.models, edgetune.leases, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "cure"),
+    [
+        ({"num_attention_heads": 0}, "a size is 0", "`num_attention_heads`"),
+        ({"hidden_act": "frob"}, "does not know the `hidden_act` 'frob'", "how it is written"),
+        (
+            {"rope_parameters": {"rope_type": "frob", "rope_theta": 1e4}},
+            "does not know the `rope_type` 'frob'",
+            "how it is written",
+        ),
+    ],
+)
+def test_values_that_no_model_has(model: Path, values: dict[str, Any], said: str, cure: str) -> None:
+    from edgetune.export.quantize.weights import skeleton
+
+    _edit(model / "config.json", **values)
+    with pytest.raises(InputError, match=said) as caught:
+        skeleton(model)
+    assert caught.value.where == str(model / "config.json") and cure in str(caught.value.fix)

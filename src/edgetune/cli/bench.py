@@ -267,11 +267,11 @@ def _of_service(
 def _of_artifact(artifact: Path, other: str | None, given: _Given) -> dict[str, Any]:
     from edgetune.errors import InputError
     from edgetune.runtime.bench.compare import compare
-    from edgetune.runtime.bench.measure import bench
+    from edgetune.standalone_bench import bench_artifact
 
     section, out, options = given.how()
     if other is None:
-        return bench(artifact, section, out, options)
+        return bench_artifact(artifact, section, out, options)
     if "://" in other:
         raise InputError(
             "is a service, and an artifact is measured without one",

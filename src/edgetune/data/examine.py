@@ -117,8 +117,11 @@ def examine(
     return Examined(train, validation, counts, problems, limit)
 
 
-def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int, rows: int) -> list[Encoded]:
-    """Encode the first `rows` rows of a file, in whichever form it is; what is over `limit` tokens is cut.
+def encode_any(
+    path: Path, renderer: Renderer, train_on: TrainOn, limit: int, rows: int, side: str = "held-out"
+) -> list[Encoded]:
+    """Encode the first `rows` rows of a file, in whichever form it is; what is over `limit` tokens is cut. `side` is what
+    they are called while they are read.
 
     Raises:
         InputError: all that is wrong with the rows.
@@ -126,7 +129,7 @@ def encode_any(path: Path, renderer: Renderer, train_on: TrainOn, limit: int, ro
     problems, found = Problems(), list[Encoded]()
     section = DataSection(train=str(path), train_on=train_on, too_long="truncate")
     source = Source([(path, path.name)])
-    source.survey("held-out", section.form, problems)
+    source.survey(side, section.form, problems)
     for number, row in enumerate(source.normalized(problems=problems)):
         if number >= rows:  # the others are only checked
             continue

@@ -54,6 +54,18 @@ def architectures() -> frozenset[str]:
     return frozenset(found) if _SURE in found else frozenset()
 
 
+@functools.cache
+def option_words() -> frozenset[str]:
+    """What the installed builder's code has in quotes, among it the names of its options; empty where it cannot be read."""
+    spec = find_spec("onnxruntime_genai")
+    found: set[str] = set()
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for file in (Path(place) / "models").rglob("*.py"):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                found.update(re.findall(r"""["'](\w+)["']""", file.read_text(encoding="utf-8")))
+    return frozenset(found) if "prune_lm_head" in found else frozenset()
+
+
 def _names_architecture(node: ast.expr) -> bool:
     return (
         isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "architectures"

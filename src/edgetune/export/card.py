@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgetune import progress
 from edgetune.export.targets import Target
 from edgetune.files import read_json, sha256_file, staged_folder, write_json, write_text
-from edgetune.run import MANIFEST
+from edgetune.leases import holders
+from edgetune.run import MANIFEST, read_manifest
 from edgetune.runtime.artifact import NO_ADAPTER, adapter_file
 
 _OVERFLOW = (
@@ -86,13 +87,22 @@ def _rules(target: Target, reports: dict[str, dict[str, Any]]) -> list[str]:
         *(["all shapes fixed"] if target.static else []),
     ]
     return [
-        f"Limits of the gate: mean KL divergence at most {limits['kld_mean']:g} nats, 99th percentile at most "
-        f"{limits['kld_p99']:g}, the best token the same in {limits['top1_agreement']:.0%} of positions, perplexity at most "
-        f"{limits['perplexity_ratio']:g} times the merged model's.",
+        _limits(limits),
         "",
         f"The graph was checked against its target: {'; '.join(kept)}.",
         "",
     ]
+
+
+_LIMITS = "Limits of the gate: "
+
+
+def _limits(limits: dict[str, Any]) -> str:
+    return (
+        f"{_LIMITS}mean KL divergence at most {limits['kld_mean']:g} nats, 99th percentile at most "
+        f"{limits['kld_p99']:g}, the best token the same in {limits['top1_agreement']:.0%} of positions, perplexity at most "
+        f"{limits['perplexity_ratio']:g} times the merged model's."
+    )
 
 
 def _has_int8_products(target: Target) -> bool:
@@ -150,23 +160,68 @@ def _ran(verify: dict[str, Any]) -> tuple[str, str] | None:
     )
 
 
-def stamp(artifact: Path, verify: dict[str, Any]) -> None:
-    """Say in an artifact's card that it was run on its device, where `verify`, a report, was made there.
+# The first and the last row of what a stage's report comes to in a card.
+_ROWS = {"verify": ("KL divergence from the merged model", "gate"), "bench": ("measured on", "size on disk")}
+_MEASURED = "## What was measured\n\n"
 
-    Left alone: folders of other tools, cards without such a line, and folders that cannot be written, which is said.
+
+def stamp(
+    artifact: Path, stage: Literal["verify", "bench"], report: dict[str, Any], *, only_device: bool = False
+) -> None:
+    """Put into an artifact's card what was measured, in place of what an earlier measurement said.
+
+    Left alone: folders of other tools and other cards; with a line that says so, folders that cannot be written or that
+    others use.
+
+    Args:
+        artifact: its folder.
+        stage: what measured it.
+        report: what it found.
+        only_device: put in no more than that it was run on its device; as in a run, which writes its card itself.
     """
-    row = _ran(verify)
-    card = artifact / "README.md"
-    if row is None or not card.is_file() or not (artifact / MANIFEST).is_file():
+    artifact = artifact.resolve()
+    file = artifact / "README.md"
+    if not file.is_file() or not read_manifest(artifact):
         return
-    lines = card.read_text(encoding="utf-8").splitlines(keepends=True)
-    new = [
-        f"| {row[0]} | {row[1]} |\n" if line.startswith((f"| {_UNSEEN} |", f"| {_SEEN} |")) else line for line in lines
-    ]
+    text = file.read_text(encoding="utf-8")
+    top, found, rest = text.partition(_MEASURED)
+    section, mark, rest = rest.partition("\n## ")
+    if not found or not mark:
+        return
+    rows = [line for line in section.splitlines() if line.startswith("| ") and line != "| | |"]
+    if stage == "verify" and (row := _ran(report)):
+        rows = [_line(row) if line.startswith((f"| {_UNSEEN} |", f"| {_SEEN} |")) else line for line in rows]
+    if not only_device:
+        rows = _without_rows(rows, stage)
+        after = next((at for at, line in enumerate(rows) if line.startswith(f"| {_ROWS['bench'][0]} |")), len(rows))
+        at = after if stage == "verify" else len(rows)
+        new = _quality(report) if stage == "verify" else _speed({"bench": report})
+        rows[at:at] = [_line(row) for row in new]
+        if stage == "verify":
+            rest = "".join(
+                f"{_limits(report['limits'])}\n" if line.startswith(_LIMITS) else line
+                for line in rest.splitlines(keepends=True)
+            )
+    if not rows:
+        return
+    new_text = f"{top}{_MEASURED}" + "\n".join([*_TABLE, *rows]) + f"\n{mark}{rest}"
+    if new_text == text:
+        return
+    if Path.cwd().is_relative_to(artifact) or any(one.pid != os.getpid() for one in holders(artifact)):
+        progress.say("note: the card was not changed, as its folder is in use")
+        return
     try:
-        rewrite_card(artifact, "".join(new))
-    except PermissionError:
+        rewrite_card(artifact, new_text)
+    except OSError:
         progress.say("note: the card could not be changed, as its folder may not be written")
+
+
+def _without_rows(rows: list[str], stage: str) -> list[str]:
+    """The lines of a card's table without those of a stage."""
+    first, last = (
+        next((at for at, line in enumerate(rows) if line.startswith(f"| {start}")), None) for start in _ROWS[stage]
+    )
+    return rows if first is None or last is None else rows[:first] + rows[last + 1 :]
 
 
 def keep_stamp(before: str, now: str) -> str:
@@ -184,42 +239,59 @@ def _numbers(reports: dict[str, dict[str, Any]]) -> list[str]:
         before, after = train["validation"]["before"], train["validation"]["after"]
         rows.append(("validation loss, before → after training", f"{before['loss']:.3f} → {after['loss']:.3f}"))
     if verify := reports.get("verify"):
-        rows += [
-            (
-                "KL divergence from the merged model, mean / p99",
-                f"{verify['kld_mean']:.4f} / {verify['kld_p99']:.4f} nats",
-            ),
-            ("best token agrees", f"{verify['top1_agreement']:.1%} of {verify['tokens']} positions"),
-            (
-                "perplexity, merged → artifact",
-                f"{verify['perplexity']['merged']:.3f} → {verify['perplexity']['artifact']:.3f}",
-            ),
-            *_without(verify),
-            ("gate", "passed" if verify["passed"] else "NOT PASSED: " + "; ".join(verify["failures"])),
-        ]
-    if bench := reports.get("bench"):
-        machine = bench.get("hardware", {}).get("cpu", {})
-        rows += [
-            (
-                "measured on",
-                f"{machine.get('model', 'a CPU')}, {bench.get('threads', '?')} threads"
-                if isinstance(machine, dict)
-                else str(machine),
-            ),
-            (
-                f"time to first token, {bench['prompt_tokens']} prompt tokens",
-                f"{bench['ttft_ms']['p50']:.0f} ms",
-            ),
-            ("prefill", f"{bench['prefill_tokens_per_s']['p50']:.0f} tokens/s"),
-            ("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"),
-            *(("slower here", said) for said in slower(reports)),
-            *_cost(bench),
-            ("peak memory of the process", f"{bench['peak_rss_mb']:.0f} MB"),
-            ("size on disk", f"{bench['size_mb']:.1f} MB"),
-        ]
+        rows += _quality(verify)
+    if reports.get("bench"):
+        rows += _speed(reports)
     if not rows:
         return ["Nothing yet: run `edgetune verify` and `edgetune bench` on this folder."]
-    return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    return [*_TABLE, *map(_line, rows)]
+
+
+_TABLE = ("| | |", "|---|---|")
+
+
+def _line(row: tuple[str, str]) -> str:
+    return f"| {row[0]} | {row[1]} |"
+
+
+def _quality(verify: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (
+            "KL divergence from the merged model, mean / p99",
+            f"{verify['kld_mean']:.4f} / {verify['kld_p99']:.4f} nats",
+        ),
+        *((("adapter that was on", verify["adapter"]),) if "adapter" in verify else ()),
+        ("best token agrees", f"{verify['top1_agreement']:.1%} of {verify['tokens']} positions"),
+        (
+            "perplexity, merged → artifact",
+            f"{verify['perplexity']['merged']:.3f} → {verify['perplexity']['artifact']:.3f}",
+        ),
+        *_without(verify),
+        ("gate", "passed" if verify["passed"] else "NOT PASSED: " + "; ".join(verify["failures"])),
+    ]
+
+
+def _speed(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    bench = reports["bench"]
+    machine = bench.get("hardware", {}).get("cpu", {})
+    return [
+        (
+            "measured on",
+            f"{machine.get('model', 'a CPU')}, {bench.get('threads', '?')} threads"
+            if isinstance(machine, dict)
+            else str(machine),
+        ),
+        (
+            f"time to first token, {bench['prompt_tokens']} prompt tokens",
+            f"{bench['ttft_ms']['p50']:.0f} ms",
+        ),
+        ("prefill", f"{bench['prefill_tokens_per_s']['p50']:.0f} tokens/s"),
+        ("decode", f"{bench['decode_tokens_per_s']['p50']:.1f} tokens/s"),
+        *(("slower here", said) for said in slower(reports)),
+        *_cost(bench),
+        ("peak memory of the process", f"{bench['peak_rss_mb']:.0f} MB"),
+        ("size on disk", f"{bench['size_mb']:.1f} MB"),
+    ]
 
 
 def slower(reports: dict[str, dict[str, Any]]) -> list[str]:

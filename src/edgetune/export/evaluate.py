@@ -15,12 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from edgetune import progress
 from edgetune.errors import EdgetuneError, InputError, first_line, require_extra
 from edgetune.export.readers import adapter_of, model_at
 from edgetune.files import write_json
 from edgetune.runtime.hardware import versions
 
+_CHECK = "check the task's YAML"
 _BOOTSTRAP = 1000  # samples for the standard errors of metrics that are no means
 
 
@@ -119,6 +122,7 @@ def _quiet() -> Iterator[None]:
 
 def _load(tasks: Sequence[str], include: Path | None, shots: int | None) -> dict[str, Any]:
     """The tasks as the harness wants them, with their data."""
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     from edgetune.recipe_file import shipped
@@ -137,14 +141,22 @@ def _load(tasks: Sequence[str], include: Path | None, shots: int | None) -> dict
     try:
         loaded = manager.load(names)
     except (OSError, ConnectionError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "output_type" in str(error):
+            raise InputError(f"a task cannot be used: {first_line(error)}", fix=_CHECK) from error
         fix = "task data must be on this machine: a task with local data_files, or a filled data set cache"
         raise InputError(f"the data of {', '.join(names)} cannot be read: {first_line(error)}", fix=fix) from error
+    except TemplateError as error:
+        raise _unfit(error) from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (shots is not None and own != 0):  # 0 in a task's file is meant
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=1234)
     return loaded
+
+
+def _unfit(error: Exception) -> InputError:
+    return InputError(f"a task does not fit its data: {first_line(error)}", fix=_CHECK)
 
 
 def _names(tasks: Sequence[str], include: Path | None) -> tuple[list[str], list[Path]]:
@@ -160,7 +172,12 @@ def _names(tasks: Sequence[str], include: Path | None) -> tuple[list[str], list[
             continue
         if not file.is_file():
             raise InputError("no such task file", where=file, fix="check --tasks")
-        named = re.search(r"^(?:task|group):\s*['\"]?([\w.-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        text = file.read_text(encoding="utf-8")
+        try:
+            yaml.compose(text)  # not loaded: the harness has tags of its own
+        except yaml.YAMLError as error:
+            raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=file, fix="correct it") from error
+        named = re.search(r"^(?:task|group):\s*['\"]?([\w.-]+)", text, re.MULTILINE)
         if not named:
             raise InputError("names no task", where=file, fix="add `task: NAME`")
         names.append(named[1])
@@ -192,9 +209,7 @@ def _run(
                 fewshot_as_multiturn=chat,
             )
         except TemplateError as error:
-            raise InputError(
-                f"a task does not fit its data: {first_line(error)}", fix="check the task's YAML"
-            ) from error
+            raise _unfit(error) from error
     if not found or not found.get("results"):
         raise EdgetuneError("the harness gave no results", where=folder)
     return dict(found)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.errors import EdgetuneError, InputError, first_line
 from edgetune.export.targets import GraphRules, Target
 from edgetune.files import read_json
+from edgetune.models.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -192,6 +193,11 @@ def _dynamic(model: onnx.ModelProto) -> Iterator[str]:
                 return  # they all have the same cause
 
 
+def golden_ids(artifact: Path, most: int) -> list[int]:
+    """The first golden prompt's tokens, `most` of them at most (one at least)."""
+    return list(read_json(artifact / "golden.json")["prompts"][0]["ids"][: max(1, most)])
+
+
 _GREEDY_TOKENS = 8
 _TIE = 1e-2  # difference of two logits below which either token may be the likeliest
 
@@ -199,12 +205,13 @@ _TIE = 1e-2  # difference of two logits below which either token may be the like
 def check_greedy(merged: Path, artifact: Path, *, trust_remote_code: bool = False) -> None:
     """Raise EdgetuneError unless a float32 artifact's likeliest tokens after a golden prompt are the merged model's."""
     from edgetune.export.graph_reader import Graph
-    from edgetune.export.readers import Weights
+    from edgetune.export.readers import Weights, longest
 
-    ids = read_json(artifact / "golden.json")["prompts"][0]["ids"]
+    ids = golden_ids(artifact, min(longest(merged), longest(artifact)) - _GREEDY_TOKENS)
     wanted, found = Weights(merged, trust_remote_code), Graph(artifact)
     for _ in range(_GREEDY_TOKENS):
-        right, ours = wanted.feed(ids)[-1], found.feed(ids)[-1]
+        with quiet():
+            right, ours = wanted.feed(ids)[-1], found.feed(ids)[-1]
         best, other = int(right.argmax()), int(ours.argmax())
         if not float(right[best] - right[other]) <= _TIE:
             raise EdgetuneError(

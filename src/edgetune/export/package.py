@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import progress
-from edgetune.errors import EdgetuneError, GateError, first_line
+from edgetune.errors import EdgetuneError, GateError
 from edgetune.export.adapters.read import Adapter
 from edgetune.export.card import card
 from edgetune.export.decoder import export_decoder
-from edgetune.export.graph_check import check_graph, check_greedy, check_places
+from edgetune.export.graph_check import check_graph, check_greedy, check_places, golden_ids
 from edgetune.export.quantize.smooth import Folded
 from edgetune.export.quantized import NO_EXAMPLES, Examples
 from edgetune.export.targets import Target, status_of
 from edgetune.export.weight_check import compare_weights
-from edgetune.files import folder_size, read_json, write_json, write_text
+from edgetune.files import folder_size, write_json, write_text
 from edgetune.run import Work, seal
 from edgetune.runtime.providers import prepare
 
@@ -98,12 +98,12 @@ def export(
 
     complete()
     found["device"].update(_run_static(artifact) if target.static and not here.runs else _load(artifact, here.runs))
-    check_places(artifact, merged, artifact)
     if target.precision == "fp32":
         check_greedy(merged, artifact, trust_remote_code=trust_remote_code)
     found["size_mb"] = round(folder_size(artifact) / 1e6, 3)
     found["failures"] = _too_large(target, found["size_mb"])
     complete()  # with what came of running it
+    check_places(artifact, merged, artifact)
     write_json(report / "report.json", found)
     return found
 
@@ -133,8 +133,14 @@ def _prepare(graphs: list[Path], provider: str) -> dict[str, Any]:
         try:
             return {"prepared": {file.name: prepare(file, provider, Path(folder) / file.name) for file in graphs}}
         except EdgetuneError as error:
-            progress.say(f"export: note: {first_line(error)}")
-            return {"prepare_failed": first_line(error)}
+            why = _why(error, graphs[0].parent)
+            progress.say(f"export: note: {why}")
+            return {"prepare_failed": why}
+
+
+def _why(error: EdgetuneError, artifact: Path) -> str:
+    """What an error says, for the card: without the folders of this machine."""
+    return error.what.splitlines()[0].replace(f"{artifact.absolute()}/", "")
 
 
 def _run_static(artifact: Path) -> dict[str, Any]:
@@ -144,9 +150,10 @@ def _run_static(artifact: Path) -> dict[str, Any]:
         EdgetuneError: they do not run, or give what is no number.
     """
     from edgetune.export.graph_reader import Graph
+    from edgetune.export.readers import longest
 
     graph = Graph(artifact)
-    logits = graph.logits(read_json(artifact / "golden.json")["prompts"][0]["ids"])
+    logits = graph.logits(golden_ids(artifact, longest(artifact) - 1))
     after = graph.feed([int(logits[-1].argmax())])
     if not (logits.isfinite().all() and after.isfinite().all()):
         raise EdgetuneError("the graphs give what is no number", where=artifact.name, fix="report this model")
@@ -173,8 +180,9 @@ def _load(artifact: Path, runs: bool) -> dict[str, Any]:
     except EdgetuneError as error:
         if runs or not _NO_KERNEL.search(str(error)):
             raise
-        progress.say(f"export: note: the CPU cannot run the graph: {first_line(error)}")
-        return {"ran_on_cpu": False, "cpu_says": first_line(error)}
+        why = _why(error, artifact)
+        progress.say(f"export: note: the CPU cannot run the graph: {why}")
+        return {"ran_on_cpu": False, "cpu_says": why}
     if answer.completion_tokens < 1:
         raise EdgetuneError("the artifact loads, but generates nothing", where=artifact.name)
     return {"ran_on_cpu": not runs}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import InputError
 from edgetune.export import kv_cache, qdq
-from edgetune.export.builder import architectures
+from edgetune.export.builder import architectures, option_words
 from edgetune.export.needs import needs, require_room
+from edgetune.export.plain.kinds import task_of
 from edgetune.export.quantize import calibrate, heal
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, part_names
 from edgetune.export.quantize.weights import skeleton
@@ -18,6 +22,12 @@ from edgetune.export.targets import Target, require_fit, status_of
 from edgetune.files import read_json
 from edgetune.models import context_length, load_tokenizer, stop_ids
 from edgetune.runtime.hardware import total_memory
+
+_FLOAT16 = 65504.0  # its largest number
+# What targets call a decoder's matrices; a model may have others, and not all of these.
+_USUAL = frozenset(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", HEAD)
+)
 
 
 def preflight(
@@ -45,7 +55,7 @@ def preflight(
         trust_remote_code: run code that the folder brings.
 
     Raises:
-        InputError: the model builder does not know the architecture, heads or matrices do not fit the target, the context
+        InputError: the model builder does not know the architecture or an option of the target, heads or matrices do not fit the target, the context
             does not fit its fixed shapes, nothing says how long it is or which tokens end an answer, tokenizer or chat
             template are missing, config.json contradicts the weights, this processor computes the target's products wrong,
             or there is too little memory or disk.
@@ -53,6 +63,7 @@ def preflight(
     built = skeleton(model, trust_remote_code=trust_remote_code)
     _require_known(model, built, before_training)
     require_fit(target, model)
+    _require_names(built, target)
     limit = min(max_length, context_length(model))
     if target.static:
         qdq.require_context(target.static, limit)
@@ -69,7 +80,19 @@ def preflight(
         require_room(found, place)
     check_ties(model, built.config)
     if not before_training:
-        check_source(model, built)
+        check_source(model, built, _FLOAT16 if target.precision == "fp16" else math.inf)
+
+
+def require_room_for(model: Path, target: Target, out: Path, *, steps: int = 0) -> None:
+    """Raise InputError where there is too little memory or disk, by the headers of a decoder's folder, before its files are
+    hashed. What is no such folder, or broken, is left to those who read it."""
+    try:
+        if not (model / "config.json").is_file() or task_of(model) is not None:
+            return
+        found = needs(model, target, steps=steps)
+    except InputError:
+        return
+    require_room(found, out)
 
 
 def require_rows(target: Target, steps: int, rows: int, tokens: int, *, where: str = "data.train") -> None:
@@ -138,14 +161,42 @@ def _require_known(model: Path, built: Any, before_training: bool) -> None:
 
 def _require_blocks(built: Any, plan: Plan) -> None:
     """Each matrix that is quantized must be cut into blocks evenly."""
-    import torch
-
-    layers, prefix = calibrate.decoder_layers(built)
+    calibrate.decoder_layers(built)
     columns = built.get_input_embeddings().weight.shape[1]
-    found = [(HEAD if built.config.get_text_config().tie_word_embeddings else EMBEDDING, columns), (HEAD, columns)]
-    for number, layer in enumerate(layers):
-        for path, linear in layer.named_modules():
-            if isinstance(linear, torch.nn.Linear):
-                found += [(part, linear.in_features) for part in part_names(f"{prefix}.{number}.{path}")]
+    found = [(HEAD if built.config.get_text_config().tie_word_embeddings else EMBEDDING, columns), *_matrices(built)]
     for name, width in found:
         calibrate.fitted(name, plan.grid(name), width)
+
+
+def _matrices(built: Any) -> list[tuple[str, int]]:
+    """Name and columns of each matrix of the layers and of the head; those of a fused one's parts."""
+    import torch
+
+    found = [(HEAD, built.get_input_embeddings().weight.shape[1])]
+    for path, linear in built.named_modules():
+        if isinstance(linear, torch.nn.Linear) and ".layers." in path:
+            found += [(part, linear.in_features) for part in part_names(path)]
+    return found
+
+
+def _require_names(built: Any, target: Target) -> None:
+    """The matrices and the builder's options that a target names must exist. Names that targets of edgetune's own have are
+    right for other models."""
+    given: dict[str, Iterable[str]] = {
+        "quantization.modules": target.quantization.modules if target.quantization else {},
+        "static.modules": target.static.modules if target.static else {},
+    }
+    matrices = {name for name, _ in _matrices(built)} | {EMBEDDING}
+    known = _USUAL | matrices | {name.rpartition(".")[2] for name in matrices}
+    for key, names in given.items():
+        _require_known_names(key, "the model has no matrix", names, known)
+    if words := option_words():
+        _require_known_names("options", "the model builder reads no option", target.options, words)
+
+
+def _require_known_names(key: str, what: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            fix = f"did you mean `{near[0]}`?" if near else "remove it, or correct its name"
+            raise InputError(f"{what} `{name}`", where=f"export.target, {key}", fix=fix)

@@ -12,9 +12,10 @@ import heapq
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgetune.errors import EdgetuneError, GateError
+from edgetune.errors import GateError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,8 @@ WORST = 10
 _FIRST_BUCKET = 64  # positions; each further bucket ends at twice the position
 _AT_ONCE = 64  # positions whose distributions are compared at once
 _SHOWN = 3  # likeliest tokens that a worst place tells of
+_NO_NUMBERS = "its logits are not finite numbers"
+_WHOLE = "copy the model again; if it was trained: train again with a lower train.learning_rate"
 
 
 class Place(NamedTuple):
@@ -46,9 +49,14 @@ class Place(NamedTuple):
 
 
 class Scores:
-    """What is kept of each compared position: 49 bytes, and the worst places."""
+    """What is kept of each compared position: 49 bytes, and the worst places.
 
-    def __init__(self) -> None:
+    Args:
+        folders: of the wanted and of the found model, for messages.
+    """
+
+    def __init__(self, folders: tuple[Path | None, Path | None] = (None, None)) -> None:
+        self._folders = folders
         self._kld, self._wanted, self._found = array("d"), array("d"), array("d")
         self._agree = array("b")
         self._positions, self._before, self._tokens = array("q"), array("q"), array("q")
@@ -74,6 +82,10 @@ class Scores:
             row: the row's number, from 0.
             start: the first position.
             ids, learned: of the whole row.
+
+        Raises:
+            InputError: the wanted logits are not finite numbers.
+            GateError: the found ones are not.
         """
         end = min(start + len(wanted), len(ids) - 1)
         at = [i for i in range(start, end) if learned[i + 1]]
@@ -90,6 +102,11 @@ class Scores:
         kld = parts.sum(-1).clamp(min=0).tolist()
         target = torch.tensor([[ids[i + 1]] for i in at])
         log_p, log_q = p.gather(-1, target)[:, 0].tolist(), q.gather(-1, target)[:, 0].tolist()
+        if not all(map(math.isfinite, log_p)):
+            raise InputError(f"{_NO_NUMBERS}, first in row {row + 1}", where=self._folders[0], fix=_WHOLE)
+        if not all(map(math.isfinite, (*log_q, *kld))):
+            fix = f"{_WHOLE}; if only its export does this: choose another target, such as cpu-int8"
+            raise GateError(f"{_NO_NUMBERS}, first in row {row + 1}", where=self._folders[1], fix=fix)
         self._kld.extend(kld)
         self._wanted.extend(log_p)
         self._found.extend(log_q)
@@ -113,24 +130,10 @@ class Scores:
         return sorted(self._worst, reverse=True)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the report, over all positions.
-
-        Raises:
-            EdgetuneError: the wanted logits are not finite numbers.
-            GateError: the found ones are not.
-        """
+        """The numbers of the report, over all positions."""
         import numpy as np
 
         kld, wanted, found = (np.array(values) for values in (self._kld, self._wanted, self._found))
-        if not np.isfinite(wanted).all():
-            raise EdgetuneError(
-                "the logits of the model that is compared with are not finite numbers",
-                fix="if it was trained: train again with a lower train.learning_rate",
-            )
-        if not (np.isfinite(found).all() and np.isfinite(kld).all()):
-            raise GateError(
-                "the artifact's logits are not finite numbers", fix="choose another target, such as cpu-int8"
-            )
         count, ratio = len(kld), _exp(float((wanted - found).mean()))
         spread = float((wanted - found).std(ddof=1)) if count > 1 else None
         return {

@@ -6,6 +6,9 @@ that talks nonsense.
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +19,21 @@ from edgetune.export.quantize.weights import Weights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 _FUSED_ON_LOADING = ".experts."  # one tensor for all of them in memory, one each in the files
 
 
-def check_source(folder: Path, model: Any) -> None:
+def check_source(folder: Path, model: Any, largest: float = math.inf) -> None:
     """Compare the weights' names and shapes with config.json, and look at each number.
 
     Args:
         folder: transformers folder.
         model: its `skeleton`.
+        largest: number that the export can store.
 
     Raises:
-        InputError: a weight is missing or has another shape, or a number is not finite.
+        InputError: a weight is missing or has another shape, there are more layers than config.json says, or a number is
+            not finite or too large.
     """
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     with Weights(folder) as weights:
@@ -46,8 +52,38 @@ def check_source(folder: Path, model: Any) -> None:
                 where=folder,
                 fix="copy the model again, whole, or correct config.json",
             )
+        _require_all_layers(folder, model, list(weights), wanted)
         for name in weights:
-            weights.get(name)
+            tensor = weights.get(name)
+            if (
+                name in wanted
+                and largest < math.inf
+                and tensor.numel()
+                and (most := float(tensor.abs().max())) > largest
+            ):
+                raise InputError(
+                    f"{name} holds {most:g}, and the target's weights go up to {largest:g}",
+                    where=folder,
+                    fix="choose a target of another precision: one with bfloat16, int8, int4 or float32",
+                )
+
+
+def _require_all_layers(folder: Path, model: Any, names: list[str], wanted: Mapping[str, Any]) -> None:
+    """Raise InputError where the files hold layers like the model's behind the last one that config.json knows."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", math.inf)
+    own = int(getattr(config, "num_nextn_predict_layers", None) or 0)  # they predict further tokens, and are left out
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    for name in names:
+        if any(pattern.search(name) for pattern in ignored):
+            continue
+        found = _LAYER.match(name)
+        if found and int(found[2]) >= count + own and f"{found[1]}0{found[3]}" in wanted:
+            raise InputError(
+                f"config.json says {count} layers (num_hidden_layers), the files hold more: {name}",
+                where=folder,
+                fix="copy config.json and weights again from one place",
+            )
 
 
 def check_ties(folder: Path, config: PretrainedConfig) -> None:

@@ -71,10 +71,9 @@ def verify(
         `tokens`), which has no limits.
 
     Raises:
-        InputError: the two do not have the same vocabulary, one cannot be loaded, the provider is missing, or no row has a
-            token that carries loss.
-        GateError: the artifact's logits are not finite numbers.
-        EdgetuneError: the merged model's are not.
+        InputError: the two do not have the same vocabulary, one cannot be loaded, the provider is missing, no row has a
+            token that carries loss, or the merged model's logits are not finite numbers.
+        GateError: the artifact's are not.
     """
     reset_peak()
     started = time.monotonic()
@@ -86,10 +85,14 @@ def verify(
             "no held-out row has a token that carries loss",
             fix="give other rows (`--data`), or raise export.max_length",
         )
-    golden = _golden(artifact)
+    prompts = _golden(artifact)
+    golden = [prompt for prompt in prompts if len(prompt["ids"]) < limit]
     tokenizer = load_tokenizer(merged, trust_remote_code=trust_remote_code)
     warnings = _check_tokens(artifact, merged, tokenizer)
-    scores, answers = Scores(), list[dict[str, Any]]()
+    if len(golden) < len(prompts):
+        left = f"{len(prompts) - len(golden)} of {len(prompts)} golden prompts"
+        warnings.append(f"{left} were left out: with an answer they do not fit the context of {limit} tokens")
+    scores, answers = Scores((merged, artifact)), list[dict[str, Any]]()
     with progress.task("verify", len(used) + len(golden)) as bar, quiet():
         switched = None if adapter is None else adapter_file(adapter)
         found = open_reader(artifact, provider=provider, adapter=switched)
@@ -100,7 +103,8 @@ def verify(
             _add(scores, wanted, found, step, number, row)
             bar.advance(1, f"KL {scores.mean():.4f}")
         for prompt in golden:
-            answers.append(_greedy(wanted, found, prompt, section.golden_tokens, tokenizer, set(ends(merged))))
+            room = min(section.golden_tokens, limit - len(prompt["ids"]))
+            answers.append(_greedy(wanted, found, prompt, room, tokenizer, set(ends(merged))))
             bar.advance(1)
         device = _device(artifact, found, provider)
         del found, wanted
@@ -153,7 +157,7 @@ def _base(
     artifact: Path, base: Path, rows: Sequence[tuple[int, Encoded]], step: int | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """How far an artifact with no adapter on is from its base."""
-    scores = Scores()
+    scores = Scores((base, artifact))
     with progress.task("verify the base", len(rows)) as bar, quiet():
         found, wanted = open_reader(artifact), open_reader(base, trust_remote_code=trust_remote_code)
         for number, row in rows:

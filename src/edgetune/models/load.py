@@ -195,7 +195,7 @@ def explained(path: Path, what: str) -> Iterator[None]:
         raise _input_error(path, what, error) from error
     except StrictDataclassError as error:  # its first line names a validator, the cause says what is wrong
         raise _input_error(path, what, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise _input_error(path, what, error) from error
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library raises the base class itself
@@ -219,4 +219,30 @@ def _input_error(path: Path, what: str, error: Exception) -> InputError:
             where=path,
             fix="give a model that generates text, such as SmolLM2 or Phi-3",
         )
+    config = path / "config.json"
+    if isinstance(error, ZeroDivisionError):
+        sizes = ", ".join(f"`{key}`" for key, value in _values(config) if value == 0 and key.startswith(_SIZES))
+        return InputError(f"{what}: a size is 0", where=config, fix=f"correct {sizes or 'the sizes in it'}")
+    if isinstance(error, KeyError) and (named := [key for key, value in _values(config) if (value,) == error.args]):
+        return InputError(
+            f"{what}: transformers does not know the `{named[0]}` {error}",
+            where=config,
+            fix="check how it is written, or install a newer transformers",
+        )
     return InputError(f"{what}: {first_line(error)}", where=path, fix="copy or download the model again, whole")
+
+
+_SIZES = ("num_", "head_", "hidden_", "n_")
+
+
+def _values(config: Any) -> list[tuple[str, Any]]:
+    """The keys and values in a config.json, those of its sections, too; none where it cannot be read."""
+    if isinstance(config, Path):
+        try:
+            config = read_json(config)
+        except InputError:
+            return []
+    if not isinstance(config, dict):
+        return []
+    inner = [pair for part in config.values() for pair in _values(part)]
+    return [(key, value) for key, value in config.items() if type(value) in (int, str)] + inner

@@ -15,7 +15,9 @@ from edgetune.runtime.bench.compare import compare
 from edgetune.train.method import link
 
 
-def bench_beside_merged(artifact: Path, section: BenchSection, out: Path) -> dict[str, Any]:
+def bench_beside_merged(
+    artifact: Path, section: BenchSection, out: Path | None, options: BenchOptions | None = None
+) -> dict[str, Any]:
     """Measure an artifact with its adapter on, in turn with what it would be with the adapter merged.
 
     A merged artifact has the same products with other weights, and no branches; so the branches are taken out.
@@ -23,7 +25,8 @@ def bench_beside_merged(artifact: Path, section: BenchSection, out: Path) -> dic
     Args:
         artifact: one that carries adapters.
         section: lengths, rounds, threads.
-        out: folder that gets the report.
+        out: folder that gets the report; None writes nothing.
+        options: further workloads and ways, and the adapter that is on; see `edgetune.runtime.bench.measure.bench`.
 
     Returns:
         The report; its `comparison` is with the merged one.
@@ -38,4 +41,4 @@ def bench_beside_merged(artifact: Path, section: BenchSection, out: Path) -> dic
         without_branches(artifact / "model.onnx", plain / "model.onnx")
         name = f"{manifest['name']} with the adapter merged"
         write_json(plain / MANIFEST, {**manifest, "name": name, "outputs": outputs(plain)})
-        return compare(artifact, plain, section, out, BenchOptions(loads=0))
+        return compare(artifact, plain, section, out, options or BenchOptions(loads=0))

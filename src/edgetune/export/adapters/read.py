@@ -18,6 +18,7 @@ from edgetune.export.quantize.plan import parts_of
 from edgetune.export.targets import Target
 from edgetune.files import digest, read_json, sha256_file
 from edgetune.models import Base, load_config
+from edgetune.progress import say
 from edgetune.run import read_manifest
 from edgetune.runtime.artifact import check_adapter_name
 from edgetune.train.merge import check_adapter, is_whole
@@ -117,6 +118,11 @@ def _read(name: str, folder: Path, base: Base, config: Any) -> Adapter:
             where=folder,
             fix="adapters of one artifact share one base: give the very base, or train the adapter on it",
         )
+    named = told.get("base_model_name_or_path")
+    if not trained_on and named and _last(named) not in (_last(base.id), _last(base.upstream or "")):
+        say(
+            f"export: warning: {name} was trained on {named}, says its adapter_config.json, and stands beside {base.id} here"
+        )
     pairs = _pairs(folder, told)
     parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for module, (a, b) in pairs.items():
@@ -129,6 +135,11 @@ def _read(name: str, folder: Path, base: Base, config: Any) -> Adapter:
         max(len(a) for a, _ in pairs.values()),
         parts,
     )
+
+
+def _last(name: Any) -> str:
+    """The last part of a model's folder or id."""
+    return str(name).rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 def _refuse(told: dict[str, Any], folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, part_names, parts_of
-from edgetune.export.quantize.weights import Weights
+from edgetune.export.quantize.weights import Weights, skeleton
 from edgetune.files import write_json
 from edgetune.models import load_config
 
@@ -89,8 +89,9 @@ class Checkpoint:
         import torch
 
         config = load_config(self._merged, trust_remote_code=trust_remote_code)
+        known = skeleton(self._merged, trust_remote_code=trust_remote_code).state_dict()
         with Weights(self._merged) as weights:
-            for name in weights:
+            for name in (name for name in weights if name in known):  # what else lies there, the model does not read
                 owner, _, last = name.rpartition(".")
                 if owner in (EMBEDDING, HEAD) and last == "weight":
                     continue  # the head is quantized; a tied one may lie there under either name
