@@ -17,7 +17,7 @@ from edgetune import progress
 from edgetune.errors import InputError
 from edgetune.export.quantize.gptq import Factor, correction, factor, gptq
 from edgetune.export.quantize.grid import BLOCK_SIZES, Grid, Quantized
-from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan, parts_of
+from edgetune.export.quantize.plan import EMBEDDING, HEAD, Method, Plan, parts_of
 from edgetune.export.quantize.rtn import least_error, min_max
 from edgetune.export.quantize.smooth import Folded, Group, smooth
 from edgetune.export.quantize.states import States, embed
@@ -215,8 +215,9 @@ class Layer:
         grid = self._grid(part, weight.shape[1])
         size = grid.block(weight.shape[1])
         wanted = weight if makes_up is None else torch.addmm(weight, weight, makes_up)
-        if hessian is None or grid.bits == 8:
-            return _rounded(wanted, grid, self._plan)
+        method = self._plan.method_of(part)
+        if hessian is None or grid.bits == 8 or method != "gptq":
+            return _rounded(wanted, grid, method)
         if size not in factors:
             factors[size] = factor(hessian, size)
         return gptq(wanted, factors[size], grid).as_stored()
@@ -332,8 +333,8 @@ class _Stop(Exception):
     """Ends a layer's forward once the inputs that are wanted have been seen."""
 
 
-def _rounded(weight: torch.Tensor, grid: Grid, plan: Plan) -> Quantized:
-    found = least_error(weight, grid) if plan.method == "least_error" else min_max(weight, grid)
+def _rounded(weight: torch.Tensor, grid: Grid, method: Method) -> Quantized:
+    found = least_error(weight, grid) if method == "least_error" else min_max(weight, grid)
     return found.as_stored()
 
 
@@ -350,20 +351,21 @@ def _embedding(
     layers, prefix = decoder
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     exact = weights.get(f"{EMBEDDING}.weight")
-    searched = bool(rows) and plan.method == "gptq"
+    searched = bool(rows) and plan.searched
     last = embed(model, layers, weights, exact, rows if searched else ())
     first = list(last.hidden)
     if given is not None:
         found = given
     elif tied:
-        if searched and fitted(HEAD, plan.grid(HEAD), exact.shape[1]).bits == 4:
+        if searched and plan.method_of(HEAD) == "gptq" and fitted(HEAD, plan.grid(HEAD), exact.shape[1]).bits == 4:
             for number, layer in enumerate(layers):
                 weights.fill(layer, f"{prefix}.{number}")
                 last.run(layer, number)
                 empty(layer)
         found = _head(model, exact, plan, last, tied)
     else:
-        found = _rounded(exact, fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1]), plan)
+        grid = fitted(EMBEDDING, plan.grid(EMBEDDING), exact.shape[1])
+        found = _rounded(exact, grid, plan.method_of(EMBEDDING))
     del last
     states = embed(model, layers, weights, found.dequantize() if rows else exact, rows)
     states.exact = first
@@ -374,14 +376,15 @@ def _head(model: Any, weight: torch.Tensor, plan: Plan, states: States, tied: bo
     """The head: its inputs are the last hidden states, normed. A tied one is the embedding, too."""
     import torch
 
-    grid = fitted(HEAD, plan.grid(HEAD), weight.shape[1])
-    if not states.hidden or plan.method != "gptq" or (grid.bits == 8 and not states.exact):
-        return _rounded(weight, grid, plan)
+    grid, method = fitted(HEAD, plan.grid(HEAD), weight.shape[1]), plan.method_of(HEAD)
+    nearest = grid.bits == 8 or method != "gptq"
+    if not states.hidden or not plan.searched or (nearest and not states.exact):
+        return _rounded(weight, grid, method)
     hessian, apart = head_sums(model, states, tied)
     if states.exact:
         weight = torch.addmm(weight, weight, correction(hessian, apart))
-    if grid.bits == 8:
-        return _rounded(weight, grid, plan)
+    if nearest:
+        return _rounded(weight, grid, method)
     return gptq(weight, factor(hessian, grid.block_size), grid).as_stored()
 
 

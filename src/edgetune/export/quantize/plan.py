@@ -25,6 +25,7 @@ class Plan:
         fused matrix goes by its parts: `q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`. A tied embedding is the
         head.
     method: of 4-bit codes; those of 8 bits are the nearest ones. `gptq` calibrates on rows, the others need none.
+    methods: other methods, by a module's full name.
     most_error: of a matrix's outputs (relative, squared) that int8 activations may bring; above it, it gets `spare`.
     """
 
@@ -32,13 +33,17 @@ class Plan:
     modules: Mapping[str, Grid] = field(default_factory=dict)
     method: Method = "gptq"
     most_error: float = 0.005
+    methods: Mapping[str, Method] = field(default_factory=dict)
+
+    @property
+    def searched(self) -> bool:
+        """Whether a matrix gets its codes by GPTQ; then every matrix makes up for what those before it lost."""
+        return "gptq" in (self.method, *self.methods.values())
 
     @property
     def calibrated(self) -> bool:
         """Whether rows are needed."""
-        return self.method == "gptq" or any(
-            grid.activations == "int8" for grid in (self.default, *self.modules.values())
-        )
+        return self.searched or any(grid.activations == "int8" for grid in (self.default, *self.modules.values()))
 
     @staticmethod
     def spare(columns: int) -> Grid:
@@ -50,6 +55,10 @@ class Plan:
         none, and a head's few rows gain nothing."""
         found = self.modules.get(name) or self.modules.get(name.rpartition(".")[2]) or self.default
         return Grid(8, 32) if found.activations == "int8" and name in (EMBEDDING, HEAD) else found
+
+    def method_of(self, name: str) -> Method:
+        """The method of a module, by its full name."""
+        return self.methods.get(name, self.method)
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
