@@ -161,7 +161,7 @@ def test_the_builders_sizes_are_those_that_it_has_made(tmp_path: Path) -> None:
     assert [point["size_mb"] for point in points] == [pytest.approx(88.1, abs=0.05), pytest.approx(268.6, abs=0.05)]
     products = 30 * 5 + 1  # queries, keys and values are one; all positions of a prompt go through the head
     assert points[0]["decode_tokens_per_s"] == pytest.approx(1 / (1e-2 + products * 1e-3), rel=1e-3)
-    assert points[0]["prefill_tokens_per_s"] == pytest.approx(2 / (1e-2 + products * 1e-3), rel=1e-3)
+    assert points[0]["prefill_tokens_per_s"] == pytest.approx(2 / (1e-2 + products * 1e-3), rel=5e-3)
 
 
 def test_the_better_of_two_ways_to_find_codes_is_measured_and_named(

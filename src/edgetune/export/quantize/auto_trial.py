@@ -177,7 +177,8 @@ class Trial:
     ) -> Quantized:
         grid = fitted(name, grid, weight.shape[1])
         if method != "gptq":
-            return (least_error if method else min_max)(weight, grid).as_stored()
+            found = least_error(weight, grid) if method else min_max(weight, grid)
+            return found.as_stored()
         if grid.block_size not in factors:
             factors[grid.block_size] = factor(parts.hessian, grid.block_size)
         return gptq(weight, factors[grid.block_size], grid).as_stored()
