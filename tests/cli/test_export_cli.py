@@ -73,6 +73,7 @@ def test_an_artifact_over_the_size_that_was_asked_for_is_exit_3(monkeypatch: pyt
         (["--kld-mean", "nan"], "--kld-mean: "),
         (["--max-length", "3"], "--max-length: input should be greater than or equal to 16"),
         (["--target", "cpu-int8", "--size-mb", "100"], "the target cpu-int8 does not choose grids by limits"),
+        (["--target", "cpu-int8", "--points", "points.json"], "the target cpu-int8 does not choose grids by limits"),
     ],
 )
 def test_wrong_limits_are_exit_2(tiny_model: Path, tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -20,6 +20,7 @@ from edgetune.export.quantize.checkpoint import Checkpoint
 from edgetune.export.quantize.graph import finish
 from edgetune.export.quantize.grid import Grid, Quantized
 from edgetune.export.quantize.plan import Plan, parts_of
+from edgetune.export.quantize.rtn import least_error
 from edgetune.export.quantize.smooth import round_inputs
 from edgetune.export.quantize.weights import Weights, skeleton
 from edgetune.export.quantized import BUILDER_OPTIONS
@@ -136,6 +137,25 @@ def test_calibration_is_closer_to_the_model_than_rounding(model: str, request: p
         for plan in [Plan(Grid(4, 32), {"lm_head": Grid(8, 32)}, method)]
     }
     assert apart["gptq"] < 0.85 * apart["min_max"]
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "phi3"])
+def test_a_matrix_has_the_method_that_the_plan_names_for_it(model: str, request: pytest.FixtureRequest) -> None:
+    folder, grid = request.getfixturevalue(model), Grid(4, 32, True)
+    head, other = "lm_head", "model.layers.0.self_attn.q_proj"
+    found, plain = (
+        _quantized(folder, Plan(grid, methods=methods), _rows(40))
+        for methods in ({head: "least_error", other: "least_error"}, {})
+    )
+    only = _quantized(folder, Plan(grid, method="min_max", methods={other: "gptq"}), _rows(40))
+    with Weights(folder) as weights:
+        wanted = weights.get(f"{'model.embed_tokens' if model == 'tiny_model' else head}.weight")
+    if model == "tiny_model":  # the first of all: nothing was lost before it
+        assert torch.equal(found[head].codes, least_error(wanted, grid).codes)
+    near, far = ((one[head].dequantize() - wanted).square().sum() for one in (found, plain))
+    assert near < far
+    assert not torch.equal(found[other].codes, plain[other].codes)
+    assert torch.equal(only[other].codes, plain[other].codes) == (model == "phi3")  # the tied embedding differs
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "phi3"])

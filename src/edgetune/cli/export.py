@@ -56,6 +56,12 @@ def command(
         float | None,
         typer.Option(metavar="RATE", help=f"Fewest tokens of a prompt read a second.{_AUTO}", show_default=False),
     ] = None,
+    points: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help=f"JSON list of measured points of other artifacts, shown on table and plot.{_AUTO}"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The artifact; ./artifact when not given."),
@@ -84,6 +90,7 @@ def command(
         "kld_mean": kld_mean,
         "decode_tokens_per_s": decode_tokens_per_s,
         "prefill_tokens_per_s": prefill_tokens_per_s,
+        "points": None if points is None else str(points),
     }
     limits = {name: value for name, value in auto.items() if value is not None}
     given = {"target": target, "max_length": max_length, "auto": limits or None}

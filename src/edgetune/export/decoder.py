@@ -20,7 +20,7 @@ from edgetune.export.needs import needs
 from edgetune.export.preflight import require_rows
 from edgetune.export.qdq import to_static
 from edgetune.export.quantize.smooth import Folded
-from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, write_checkpoint
+from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, measuring_seconds, write_checkpoint
 from edgetune.export.targets import Target
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
@@ -67,7 +67,8 @@ def export_decoder(
     steps = examples.heal.steps if examples.heal else 0
     require_rows(target, steps, len(examples.rows), sum(len(row.ids) for row in examples.rows), where=examples.where)
     told = needs(merged, target, steps=steps)
-    progress.say(f"export: about {progress.clock(told.seconds)} and {told.memory / 1e6:,.0f} MB of memory")
+    seconds = told.seconds + measuring_seconds(merged, target.quantization, examples)
+    progress.say(f"export: about {progress.clock(seconds)} and {told.memory / 1e6:,.0f} MB of memory")
     started = time.monotonic()
     context = context_length(merged)
     limit = min(max_length, context)

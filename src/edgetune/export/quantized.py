@@ -128,6 +128,7 @@ def write_checkpoint(
     )
     report = {
         "method": plan.method,
+        **({"methods": dict(plan.methods)} if plan.methods else {}),
         "calibration_tokens": sum(len(row.ids) for row in chosen),
         "spared": {name: round(error, 5) for name, error in spared.items()},
         **more,
@@ -154,13 +155,32 @@ def _auto(
     trust_remote_code: bool,
 ) -> tuple[Plan, Sequence[Encoded], dict[str, Any]]:
     """The plan that was chosen, the rows that it was not measured on, and what the report says of it."""
-    from edgetune.export.quantize.auto import find, split
+    from edgetune.export.quantize.auto import find
+
+    rest, calibration, held_out = _split(section, rows)
+    found = find(merged, section.auto, calibration, held_out, context, told, trust_remote_code=trust_remote_code)
+    return found.plan, rest, found.report
+
+
+def _split(
+    section: QuantizationSection, rows: Sequence[Encoded]
+) -> tuple[Sequence[Encoded], list[Encoded], list[Encoded]]:
+    """The rows that `auto` does not measure on, those of them that it calibrates on, and those that it measures on."""
+    from edgetune.export.quantize.auto import split
 
     _chosen(section.plan(), rows, section.calibration_tokens)  # raises where there are none
     rest, held_out = split(rows, section.auto.tokens)
-    calibration = calibration_rows(rest, section.calibration_tokens)
-    found = find(merged, section.auto, calibration, held_out, context, told, trust_remote_code=trust_remote_code)
-    return found.plan, rest, found.report
+    return rest, calibration_rows(rest, section.calibration_tokens), held_out
+
+
+def measuring_seconds(merged: Path, section: QuantizationSection | None, examples: Examples) -> float:
+    """How long an export measures before it quantizes (`method: auto`), less what is kept from before."""
+    if section is None or section.method != "auto":
+        return 0.0
+    from edgetune.export.quantize.auto import measuring_left
+
+    _, calibration, held_out = _split(section, examples.rows)
+    return measuring_left(merged, calibration, held_out)
 
 
 def _heal(

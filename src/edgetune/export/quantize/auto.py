@@ -7,7 +7,6 @@ limits, or a run that was interrupted, go on from there.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,12 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.errors import InputError
-from edgetune.export.quantize.auto_choice import Choice, Option, Point, Rest, Unit, Wanted, as_json, describe
-from edgetune.export.quantize.auto_cost import MANY, Costs, Shape, products
-from edgetune.export.quantize.auto_sensitivity import Measured, Sensitivity, measure
-from edgetune.export.quantize.calibrate import fitted
+from edgetune.export.quantize.auto_choice import Choice, Point, Rest, Wanted, as_json, describe
+from edgetune.export.quantize.auto_cost import Costs, Timed
+from edgetune.export.quantize.auto_predict import (
+    BUILDER,
+    all_timed,
+    builder_points,
+    guessed,
+    measure_costs,
+    options,
+    rest,
+    scales,
+    smallest,
+)
+from edgetune.export.quantize.auto_sensitivity import Measured, measure, outline, read_measured
+from edgetune.export.quantize.auto_time import About, about, cost_seconds, sensitivity_seconds, whole_seconds
+from edgetune.export.quantize.auto_trial import METHODS
 from edgetune.export.quantize.grid import Grid
-from edgetune.export.quantize.plan import EMBEDDING, HEAD, Plan
+from edgetune.export.quantize.plan import Plan
 from edgetune.files import HashCache, digest, home, read_json, write_json
 from edgetune.recipe import AutoSection
 
@@ -36,13 +47,8 @@ CANDIDATES = {
     "int8 activations": Grid(8, activations="int8"),
 }
 HEADS = ("int4 block 32", "int8")  # a lookup has no activations, and a head's few rows gain nothing by them
-_FORMAT = 3  # of what is kept
+_FORMAT = 4  # of what is kept
 _LONGEST = 128  # tokens of a held-out row: rows differ more than the places in one
-_LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
-_SECONDS_A_CODE = 0.4e-6  # of GPTQ, a weight, on a core of 90 * 10^9 operations a second
-_SECONDS_A_COST = 1.0  # of a product: its graphs are made, and run for 0.4 s
-_FILES_A_LAYER = 8_000  # bytes of a graph
-_OTHER_FILES = 16_000  # bytes: configuration, golden prompts, card, manifest
 # Shares of the limits that the choice goes by. SmolLM2 had 1.25 times the divergence on rows that it was not trained on.
 _IN_HAND = {"kld_mean": 0.75, "size_mb": 0.998}
 
@@ -52,8 +58,9 @@ class Found:
     """What `auto` came to.
 
     Attributes:
-        plan: a grid for each matrix, by its full name.
-        report: `picked`, `groups`, `front`, `limits`, `scaled` (by candidate), `kept` (where the measurements lie).
+        plan: a grid for each matrix, by its full name, and its method where that is not GPTQ.
+        report: `limits`, `picked`, `groups` (what each got), `front`, `builder` (what is predicted of the model builder's own
+            rounding), `scaled` (by candidate), `threads`, `seconds`.
     """
 
     plan: Plan
@@ -70,7 +77,7 @@ def find(
     *,
     trust_remote_code: bool = False,
 ) -> Found:
-    """Choose a grid for each matrix of a model.
+    """Choose a grid and a method for each matrix of a model.
 
     Args:
         merged: transformers folder.
@@ -81,51 +88,135 @@ def find(
         report: existing folder that gets front.png, or None.
 
     Raises:
-        InputError: nothing meets the limits, the model has no such layers, or a file of measured points is broken.
+        InputError: nothing meets the limits (those of size and speed are looked at before divergences are measured), the model
+            has no such layers, or a file of measured points is broken.
     """
     from edgetune.export.quantize.auto_plot import front_table, plot, read_points
-    from edgetune.runtime.hardware import default_threads
 
     others = read_points(Path(wanted.points)) if wanted.points else []
-    config = _config(merged)
-    candidates = _candidates()
-    kept = _folder(merged, candidates, calibration, held_out)
-    _say_time(config, held_out, calibration, kept)
-    threads, started = default_threads(), time.monotonic()
+    job, started = _Job(merged, _candidates(), calibration, held_out), time.monotonic()
+    if left_out := [name for name in CANDIDATES if name not in job.candidates]:
+        progress.say(f"auto: this processor computes {', '.join(left_out)} wrong, which is left out")
+    job.say_time()
+    units = job.units(trust_remote_code)
+    measure_costs(job.costs, job.about, job.timed())
+    common = rest(job.about, merged, context, job.costs)
+    limits = Wanted(**wanted.limits)
+    _require_reachable(units, job, common, limits)
     found = measure(
         merged,
-        candidates,
-        [name for name in HEADS if name in candidates],
+        job.candidates,
+        job.heads,
         [row.ids for row in calibration],
         held_out,
-        kept,
+        job.kept,
+        plain=BUILDER,
         trust_remote_code=trust_remote_code,
     )
-    choice, scaled = _choice(found, candidates, config, merged, context, threads)
-    front = choice.front()
-    point = _pick(choice, Wanted(**wanted.limits))
+    scaled = scales(found, job.candidates)
+    choice = Choice(options(found.units, job.candidates, job.costs, scaled), common)
+    front, point = choice.front(), _pick(choice, limits)
+    builder = builder_points(found, job.about, merged, job.costs)
+    others = [*builder, *others]
     progress.say(front_table(choice, front, point, others))
-    progress.say(f"auto: predicted {describe(point)}, on {threads} threads")
+    progress.say(f"auto: predicted {describe(point)}, on {job.threads} threads")
     told: dict[str, Any] = {
         "limits": {name: value for name, value in wanted.limits.items() if value is not None},
         "picked": as_json(point),
         "groups": {unit.name: unit.options[at].label for unit, at in zip(choice.units, point.picks, strict=True)},
         "front": [as_json(one) | {"grids": counts(choice, one)} for one in front],
+        "builder": builder,
         "scaled": {name: round(value, 3) for name, value in scaled.items()},
-        "threads": threads,
+        "threads": job.threads,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_json(kept / "front.json", told)
-    plot(choice.all_points(), front, point, others, kept / "front.png")
+    write_json(job.kept / "front.json", told)
+    plot(choice.all_points(), front, point, others, job.kept / "front.png")
     if report is not None:
-        shutil.copyfile(kept / "front.png", report / "front.png")
-    progress.say(f"auto: the front is drawn in {kept / 'front.png'}")
-    grids = {
-        name: grid
-        for unit, at in zip(choice.units, point.picks, strict=True)
-        for name, grid in unit.options[at].grids.items()
+        shutil.copyfile(job.kept / "front.png", report / "front.png")
+    progress.say(f"auto: the front is drawn in {job.kept / 'front.png'}")
+    return Found(_plan(choice, point), told)
+
+
+def _plan(choice: Choice, point: Point) -> Plan:
+    """A grid for every matrix, and a method where it is not GPTQ."""
+    picked = [unit.options[at] for unit, at in zip(choice.units, point.picks, strict=True)]
+    grids = {name: grid for option in picked for name, grid in option.grids.items()}
+    methods = {
+        name: option.method
+        for option in picked
+        for name in option.grids
+        if option.method is not None and option.method != "gptq"
     }
-    return Found(Plan(Grid(4, 32, True), grids, "gptq", most_error=float("inf")), told)
+    return Plan(Grid(4, 32, True), grids, "gptq", most_error=float("inf"), methods=methods)
+
+
+class _Job:
+    """What is measured, and what is kept of it from before.
+
+    Attributes:
+        kept: folder of what is measured of this model, with these rows and candidates.
+        costs: of products on this processor.
+    """
+
+    def __init__(
+        self,
+        merged: Path,
+        candidates: dict[str, Grid],
+        calibration: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+    ) -> None:
+        from edgetune.runtime.hardware import default_threads
+
+        self.merged, self.candidates = merged, candidates
+        self.heads = [name for name in HEADS if name in candidates]
+        self.calibration, self.held_out = calibration, held_out
+        self.about, self.threads = about(merged), default_threads()
+        self.kept = _folder(merged, candidates, calibration, held_out)
+        self._outline = self.kept / "outline.json"
+        self.costs = _costs_of(self.about, candidates, self.threads)
+
+    def timed(self) -> list[Timed]:
+        """The products that predictions need: by the model's groups, or by its configuration where these are not known yet."""
+        groups = [unit.shapes for unit in self.units()] if self._outline.is_file() else self.about.groups()
+        return all_timed(groups, self.candidates)
+
+    def units(self, trust_remote_code: bool = False) -> list[Measured]:
+        """The groups of matrices and their shapes, from a file where there is one."""
+        if not self._outline.is_file():
+            units = outline(self.merged, self.held_out[0].ids, trust_remote_code=trust_remote_code)
+            write_json(self._outline, [vars(unit) for unit in units])
+        return [read_measured(one) for one in read_json(self._outline)]
+
+    def left(self) -> tuple[int, float, float]:
+        """How many layers are left to measure, and seconds for them and for what products cost."""
+        layers = self.about.shape.layers
+        left = 0 if (self.kept / "ends.json").is_file() else layers - len(list(self.kept.glob("layer-*.json")))
+        tokens = sum(len(row.ids) for row in self.calibration)
+        seconds = (
+            sensitivity_seconds(self.about, len(self.candidates), self.held_out, tokens, left) if left > 0 else 0.0
+        )
+        return left, seconds, cost_seconds(self.costs, self.about.shape, self.timed())
+
+    def say_time(self) -> None:
+        """Say how long it takes."""
+        left, layers, costs = self.left()
+        what = [f"{left} of {self.about.shape.layers} layers"] * bool(layers) + ["what products cost"] * bool(costs)
+        if not what:
+            progress.say(f"auto: what was measured before is taken from {self.kept}")
+            return
+        progress.say(
+            f"auto: measuring {' and '.join(what)} takes about {progress.clock(layers + costs)} where nothing else runs; "
+            "interrupted, it goes on from where it was"
+        )
+
+
+def _require_reachable(units: Sequence[Measured], job: _Job, common: Rest, limits: Wanted) -> None:
+    """Refuse what no choice of grids can reach in size and speed, before divergences are measured. Raises InputError: so it is."""
+    known = replace(limits, kld_mean=None)
+    if not known.only_divergence:
+        guesses = options(guessed(units, job.candidates, job.heads), job.candidates, job.costs, {})
+        Choice(guesses, common, guessed=True).pick(known)
 
 
 def _pick(choice: Choice, limits: Wanted) -> Point:
@@ -155,9 +246,6 @@ def _candidates() -> dict[str, Grid]:
     candidates = {
         name: grid for name, grid in CANDIDATES.items() if (grid.bits, grid.zero_points, grid.activations) not in bad
     }
-    if len(candidates) < len(CANDIDATES):
-        left_out = ", ".join(name for name in CANDIDATES if name not in candidates)
-        progress.say(f"auto: this processor computes {left_out} wrong, which is left out")
     if not any(name in candidates for name in HEADS):
         raise InputError(
             "this processor and this build of ONNX Runtime compute all kernels wrong that `auto` chooses from",
@@ -205,6 +293,8 @@ def _folder(
             "format": _FORMAT,
             "model": model,
             "candidates": {name: str(grid) for name, grid in candidates.items()},
+            "methods": METHODS,
+            "beside": {name: str(grid) for name, grid in BUILDER.items()},
             "calibration": [list(row.ids) for row in calibration],
             "held_out": [[list(row.ids), [bool(one) for one in row.learned]] for row in held_out],
             "versions": versions("edgetune", "torch", "transformers"),
@@ -215,34 +305,20 @@ def _folder(
     return kept
 
 
-def _costs(threads: int, model_bytes: int) -> Costs:
-    """Of this processor, whatever the model."""
+def _costs_of(model: About, candidates: dict[str, Grid], threads: int) -> Costs:
+    """What products cost on this processor, whatever the model; but a small one stays in its caches."""
     from edgetune.runtime.hardware import cpu, versions
 
-    key = digest({"cpu": cpu(), "threads": threads, **versions("onnxruntime"), "bytes": model_bytes >> 24})
+    least = smallest(model.groups(), candidates)
+    key = digest({"cpu": cpu(), "threads": threads, **versions("onnxruntime"), "bytes": least >> 24})
     kept = home() / "auto" / f"costs-{key[:16]}"
     kept.mkdir(parents=True, exist_ok=True)
-    return Costs(kept, threads, model_bytes)
-
-
-def _say_time(config: dict[str, Any], held_out: Sequence[Encoded], calibration: Sequence[Encoded], kept: Path) -> None:
-    """Say how long measuring takes, from the model's size and this processor's speed."""
-    done = len(list(kept.glob("layer-*.json")))
-    left = max(0, config["layers"] - done)
-    if (kept / "ends.json").is_file():
-        progress.say(f"auto: what was measured before is taken from {kept}")
-        return
-    tokens, places = sum(len(row.ids) for row in held_out), sum(sum(row.learned) for row in held_out)
-    seconds = _seconds(config, tokens, places, sum(len(row.ids) for row in calibration), left)
-    again = f", {done} of {config['layers']} layers measured before" if done else ""
-    progress.say(
-        f"auto: measuring {left} layers takes about {progress.clock(seconds)} where nothing else runs{again}; "
-        "interrupted, it goes on from where it was"
-    )
+    return Costs(kept, threads, least)
 
 
 def measuring(model: Path, wanted: AutoSection, calibration_tokens: int) -> float:
-    """Seconds that measuring a model takes here where nothing of it is known yet, as `edgetune plan` says it.
+    """Seconds that measuring a model takes here where nothing of it is known but what products cost, as `edgetune plan`
+    says it.
 
     Args:
         model: transformers folder, or another one of its shape.
@@ -252,103 +328,14 @@ def measuring(model: Path, wanted: AutoSection, calibration_tokens: int) -> floa
     Raises:
         InputError: its configuration does not say enough.
     """
-    config = _config(model)
-    shape: Shape = config["shape"]
-    kinds = 5  # of products in a layer, and the head; each with every candidate, for a token and for many
-    costs = kinds * len(CANDIDATES) * 2 * _SECONDS_A_COST
-    tokens = 2 * wanted.tokens  # a row's prompt comes with its answer
-    return _seconds(config, tokens, wanted.tokens, calibration_tokens, shape.layers) + costs
+    from edgetune.runtime.hardware import default_threads
+
+    shape = about(model)
+    costs, timed = _costs_of(shape, CANDIDATES, default_threads()), all_timed(shape.groups(), CANDIDATES)
+    whole = whole_seconds(shape, len(CANDIDATES), wanted.tokens, calibration_tokens)
+    return whole + cost_seconds(costs, shape.shape, timed)
 
 
-def _seconds(config: dict[str, Any], tokens: int, places: int, calibration: int, layers: int) -> float:
-    """Of measuring so many layers: tokens that are read, places where distributions are compared, tokens to calibrate on."""
-    body, head = config["layer_weights"], config["head_weights"]
-    each = 2 * (tokens * body * (layers / 2 + 1) + places * head)
-    work = layers * 4 * len(CANDIDATES) * each + 2 * calibration * body * 2 * config["layers"]
-    speed = _gflops()
-    return float(work / speed / 1e9 + layers * body * 2 * _SECONDS_A_CODE * 90 / speed)
-
-
-def _gflops() -> float:
-    """What torch multiplies here, 10^9 operations a second, by the processor's time: whatever else runs meanwhile."""
-    import torch
-
-    size, best = 1024, float("inf")
-    matrix = torch.ones(size, size)
-    for _ in range(3):
-        start = time.process_time()
-        matrix @ matrix
-        best = min(best, time.process_time() - start)
-    return 2 * size**3 / max(best, 1e-6) / 1e9 * torch.get_num_threads()
-
-
-def _choice(
-    found: Sensitivity, candidates: dict[str, Grid], config: dict[str, Any], merged: Path, context: int, threads: int
-) -> tuple[Choice, dict[str, float]]:
-    scaled = {name: _scale(found, name) for name in candidates}
-    sizes = {name: sum(_bytes(unit, grid) for unit in found.units) for name, grid in candidates.items()}
-    costs = _costs(threads, min(sizes.values()))
-    wanted = [(unit, name) for unit in found.units for name in unit.kld]
-    options: dict[str, list[Option]] = {}
-    with progress.task("measure what products cost", len(wanted)) as bar:
-        for unit, name in wanted:
-            options.setdefault(unit.name, []).append(_option(unit, name, candidates[name], scaled[name], costs))
-            bar.advance(1)
-        rest = _rest(config, merged, context, costs)
-    return Choice([Unit(name, tuple(found)) for name, found in options.items()], rest), scaled
-
-
-def _scale(found: Sensitivity, name: str) -> float:
-    """By how much the divergences of single groups are to be scaled to add up to that of all of them together."""
-    alone = sum(unit.kld[name] for unit in found.units if not set(unit.shapes) & {HEAD, EMBEDDING})
-    return min(_MOST, max(_LEAST, found.together[name] / alone)) if alone > 0 else 1.0
-
-
-def _option(unit: Measured, name: str, grid: Grid, scale: float, costs: Costs) -> Option:
-    grids = {part: fitted(part, grid, columns) for part, (_, columns) in unit.shapes.items()}
-    decode = prefill = 0.0
-    if EMBEDDING not in unit.shapes:  # a lookup costs next to nothing
-        own = next(iter(grids.values()))
-        for rows, columns in products(unit.shapes, own):
-            decode += costs.seconds(rows, columns, own, 1)
-            # of a prompt only the last position goes through the head
-            many = 1 if HEAD in unit.shapes else MANY
-            prefill += costs.seconds(rows, columns, own, many) / MANY
-    scale = 1.0 if set(unit.shapes) & {HEAD, EMBEDDING} else scale
-    return Option(name, grids, unit.kld[name] * scale, _bytes(unit, grid), decode, prefill)
-
-
-def _bytes(unit: Measured, grid: Grid) -> int:
-    return sum(fitted(name, grid, columns).size(rows, columns) for name, (rows, columns) in unit.shapes.items())
-
-
-def _rest(config: dict[str, Any], merged: Path, context: int, costs: Costs) -> Rest:
-    shape: Shape = config["shape"]
-    words = read_json(merged / "tokenizer.json") if (merged / "tokenizer.json").is_file() else {}
-    files = len(json.dumps(words, ensure_ascii=False, separators=(",", ":")).encode())  # as the export writes it
-    angles = 4 * context * shape.head_size  # cosines and sines of half a head
-    floats = 4 * shape.hidden * (2 * shape.layers + 1)
-    size = files + angles + floats + _FILES_A_LAYER * (shape.layers + 1) + _OTHER_FILES
-    return Rest(size, costs.rest(shape, 1), costs.rest(shape, MANY) / MANY)
-
-
-def _config(merged: Path) -> dict[str, Any]:
-    """The model's shape, and the weights of a layer and of the head."""
-    found = read_json(merged / "config.json")
-    found = found.get("text_config") or found
-    try:
-        hidden, layers, heads = found["hidden_size"], found["num_hidden_layers"], found["num_attention_heads"]
-        inner, words = found["intermediate_size"], found["vocab_size"]
-    except KeyError as error:
-        raise InputError(
-            f"its configuration does not say {error}, which `auto` needs",
-            where=merged / "config.json",
-            fix="choose a target with a fixed choice of grids, such as cpu-int4",
-        ) from error
-    kv, size = found.get("num_key_value_heads") or heads, found.get("head_dim") or hidden // heads
-    return {
-        "shape": Shape(layers, hidden, inner, heads, kv, size),
-        "layers": layers,
-        "layer_weights": hidden * size * (2 * heads + 2 * kv) + 3 * hidden * inner,
-        "head_weights": hidden * words,
-    }
+def measuring_left(merged: Path, calibration: Sequence[Encoded], held_out: Sequence[Encoded]) -> float:
+    """Seconds that `find` measures, less what is kept from before. Raises InputError: as `find`."""
+    return sum(_Job(merged, _candidates(), calibration, held_out).left()[1:])

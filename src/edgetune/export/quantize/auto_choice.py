@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import InputError
 from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.plan import Method
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,7 @@ class Option:
         kld: mean KL divergence that it alone brings, in nats.
         bytes: in the graph.
         decode_s, prefill_s: seconds of a token when one is computed, and when 128 are computed at once.
+        method: of 4-bit codes, or None.
     """
 
     label: str
@@ -40,6 +42,7 @@ class Option:
     bytes: int
     decode_s: float
     prefill_s: float
+    method: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ class Choice:
     Args:
         units: what is to be decided.
         rest: what they have in common.
+        guessed: the divergences are guesses, of which nothing is told.
     """
 
-    def __init__(self, units: Sequence[Unit], rest: Rest) -> None:
+    def __init__(self, units: Sequence[Unit], rest: Rest, *, guessed: bool = False) -> None:
         import numpy as np
 
-        self.units, self.rest = units, rest
+        self.units, self.rest, self._guessed = units, rest, guessed
         most = max(len(unit.options) for unit in units)
         self._costs = np.full((4, len(units), most), np.inf)  # by kind, unit and option
         for at, unit in enumerate(units):
@@ -173,7 +177,8 @@ class Choice:
             near = list(self._repaired(points, wanted))
             good = [point for point in near if wanted.met(point)]
         if not good:
-            raise _unreachable(min(near, key=lambda point: excess(point, wanted)), wanted)
+            near_most = min(near, key=lambda point: excess(point, wanted))
+            raise _unreachable(near_most, wanted, describe(near_most, kld=not self._guessed))
         best = min(
             good, key=(lambda p: (p.size_mb, p.kld)) if wanted.only_divergence else (lambda p: (p.kld, p.size_mb))
         )
@@ -309,20 +314,20 @@ def _worth(point: Point) -> float:
     return point.kld / point.decode_tokens_per_s
 
 
-def _unreachable(near: Point, wanted: Wanted) -> InputError:
+def _unreachable(near: Point, wanted: Wanted, described: str) -> InputError:
     limits = {name: value for name, value in vars(wanted).items() if value is not None}
     told = ", ".join(f"{name} {value:g}" for name, value in limits.items())
     return InputError(
-        f"no choice of grids meets {told}; the nearest is predicted to have {describe(near)}",
+        f"no choice of grids meets {told}; the nearest is predicted to have {described}",
         where="export.auto",
         fix=f"loosen {' or '.join(wanted.missed(near))}",
     )
 
 
-def describe(point: Point) -> str:
-    """A point's predictions as people read them."""
+def describe(point: Point, *, kld: bool = True) -> str:
+    """A point's predictions as people read them, with the divergence or without."""
     return (
-        f"{point.size_mb:.1f} MB, KL {point.kld:.4f}, {point.decode_tokens_per_s:.1f} tokens/s in decoding and "
+        f"{point.size_mb:.1f} MB, {f'KL {point.kld:.4f}, ' if kld else ''}{point.decode_tokens_per_s:.1f} tokens/s in decoding and "
         f"{point.prefill_tokens_per_s:,.0f} in prefill"
     )
 

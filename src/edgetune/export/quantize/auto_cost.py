@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.export.quantize.calibrate import fitted
 from edgetune.export.quantize.grid import Grid
+from edgetune.export.quantize.plan import EMBEDDING, HEAD
 from edgetune.files import read_json, write_json
 from edgetune.runtime import kernels
 
@@ -32,6 +34,9 @@ _SECONDS = 0.4  # of measuring
 _FEWEST = 7  # runs
 _MICRO = "com.microsoft"
 _FLOAT, _HALF, _UINT8, _INT8, _INT32 = 1, 10, 2, 3, 6  # onnx.TensorProto's numbers
+
+
+Timed = tuple[int, int, Grid, int]  # rows and columns of a matrix, its grid, and how many tokens are computed at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Costs:
 
     def seconds(self, rows: int, columns: int, grid: Grid, tokens: int) -> float:
         """Of one product of (tokens, columns) with a matrix (rows, columns) on a grid."""
-        key = f"{grid} {rows}x{columns} at {tokens}"
+        key = _key((rows, columns, grid, tokens))
         if key not in self._known:
             size = grid.size(rows, columns)
             copies, runs = 1, 1  # many tokens compute more than they read
@@ -73,6 +78,19 @@ class Costs:
             made = [_Run(_products(rows, columns, grid, copies, at), given, self._threads) for at in range(runs)]
             self._keep(key, _fastest(made) / copies)
         return self._known[key]
+
+    def token(self, shapes: dict[str, tuple[int, int]], grid: Grid, *, whole: bool = False) -> tuple[float, float]:
+        """Of a group's matrices on a grid, for a token that is computed alone, and as one of many; see `timed`."""
+        found = [self.seconds(*one) for one in timed(shapes, grid, whole=whole)]
+        return sum(found[::2]), sum(found[1::2]) / MANY
+
+    def knows(self, one: Timed) -> bool:
+        """Whether a product was timed before."""
+        return _key(one) in self._known
+
+    def knows_rest(self, shape: Shape) -> bool:
+        """Whether what a token costs beside the matrices was timed before."""
+        return f"rest of {shape} at 1" in self._known
 
     def rest(self, shape: Shape, tokens: int) -> float:
         """Of so many tokens at once, beside the matrices. 0 where this build cannot run such a graph."""
@@ -100,6 +118,21 @@ def products(shapes: dict[str, tuple[int, int]], grid: Grid) -> list[tuple[int, 
     if joined:
         return [(sum(rows for rows, _ in shapes.values()), next(iter(shapes.values()))[1])]
     return list(shapes.values())
+
+
+def timed(shapes: dict[str, tuple[int, int]], grid: Grid, *, whole: bool = False) -> list[Timed]:
+    """What is timed for a group's matrices on a grid: each product with one token and with many. Of a prompt only the last
+    position goes through the head, unless the `whole` one does. An embedding is looked up, which costs next to nothing."""
+    if EMBEDDING in shapes:
+        return []
+    name, (_, width) = next(iter(shapes.items()))
+    own, many = fitted(name, grid, width), 1 if HEAD in shapes and not whole else MANY
+    return [(rows, columns, own, tokens) for rows, columns in products(shapes, own) for tokens in (1, many)]
+
+
+def _key(one: Timed) -> str:
+    rows, columns, grid, tokens = one
+    return f"{grid} {rows}x{columns} at {tokens}"
 
 
 def _products(rows: int, columns: int, grid: Grid, copies: int, seed: int) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ _SPEEDS = {"decode_tokens_per_s": 1, "prefill_tokens_per_s": 0}  # and digits be
 def front_table(choice: Choice, front: Sequence[Point], picked: Point, others: Sequence[dict[str, Any]] = ()) -> str:
     """The front, the point that was picked, and points that were measured elsewhere (`read_points`) as plain columns,
     smallest first."""
-    labels = list(dict.fromkeys(option.label for unit in choice.units for option in unit.options))
+    labels = sorted({option.label for unit in choice.units for option in unit.options})
     head = ["", "MB", "KL", "decode/s", "prefill/s", *labels]
     rows = [head]
     points = [*front] if picked in front else [*front, picked]
@@ -87,15 +87,23 @@ def plot(
     axes[0].set(xlabel="size of the artifact, MB", ylabel="KL divergence from the merged model, nats (predicted)")
     axes[1].set(xlabel="decoding, tokens/s (predicted)")
     for axis, key in zip(axes, ("size_mb", "decode_tokens_per_s"), strict=True):
-        for one in others:
-            if key in one and one["kld_mean"] > 0:
-                axis.plot(one[key], one["kld_mean"], "x", color="#555555")
-                axis.annotate(
-                    one["name"], (one[key], one["kld_mean"]), xytext=(4, 3), textcoords="offset points", fontsize=7
-                )
+        shown = [one for one in others if key in one and one["kld_mean"] > 0]
+        for one in shown:
+            axis.plot(one[key], one["kld_mean"], "x", color="#555555")
+        middle = sum(axis.get_xlim()) / 2
+        for one in shown:  # names stay within the axes
+            left = one[key] > middle
+            axis.annotate(
+                one["name"],
+                (one[key], one["kld_mean"]),
+                xytext=(-5 if left else 5, 3),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7,
+            )
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, loc="upper right", fontsize=8)
+    axes[0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -5,8 +5,12 @@ quantized with every candidate in turn, the layer's outputs with it are sent thr
 next-token distributions are compared. Weights are read layer by layer, as they are needed; what a layer came to is kept
 in a file, so that an interrupted measurement goes on where it stopped.
 
+Of the two ways to find 4-bit codes only the better one is measured so: see `auto_trial`. For the embedding and the head,
+which are few, both are.
+
 Divergences of single groups add up only while they are small. So one more run goes along for each candidate, in which all
 groups up to here are quantized with it: what it comes to in the end says how a candidate's divergences are to be scaled.
+Plain roundings go along in the same way, embedding and head included, to be compared with.
 """
 
 from __future__ import annotations
@@ -15,22 +19,25 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edgetune import progress
 from edgetune.data.batch import Encoded
-from edgetune.export.quantize.auto_trial import Change, Trial
+from edgetune.export.quantize.auto_trial import Change, Trial, ways_of
 from edgetune.export.quantize.calibrate import decoder_layers, fitted, head_sums
 from edgetune.export.quantize.gptq import factor, gptq
 from edgetune.export.quantize.grid import Grid
-from edgetune.export.quantize.plan import EMBEDDING, HEAD
-from edgetune.export.quantize.rtn import min_max
+from edgetune.export.quantize.plan import EMBEDDING, HEAD, Method
+from edgetune.export.quantize.rtn import least_error, min_max
 from edgetune.export.quantize.states import embed, enter
 from edgetune.export.quantize.weights import Weights, empty, skeleton
 from edgetune.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
+
+_SHORT = 8  # tokens, where only shapes are asked for
 
 
 @dataclass
@@ -41,11 +48,13 @@ class Measured:
         name: as people read it: `model.layers.3 gate_proj+up_proj`.
         shapes: (rows, columns) of its matrices, by their full names.
         kld: mean KL divergence with a candidate, by the candidate's name.
+        methods: of 4-bit codes, by the candidate's name: the one that was better.
     """
 
     name: str
     shapes: dict[str, tuple[int, int]]
     kld: dict[str, float] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,7 +63,8 @@ class Sensitivity:
 
     Attributes:
         units: all groups, those of the layers first.
-        together: mean KL divergence with all groups of the layers on a candidate, by its name.
+        together: mean KL divergence with all groups of the layers on a candidate, by its name, and of each plain rounding
+            of the whole model.
     """
 
     units: list[Measured]
@@ -69,6 +79,7 @@ def measure(
     held_out: Sequence[Encoded],
     kept: Path,
     *,
+    plain: Mapping[str, Grid] = MappingProxyType({}),
     trust_remote_code: bool = False,
 ) -> Sensitivity:
     """Measure every group with every candidate.
@@ -80,13 +91,17 @@ def measure(
         rows: token ids to calibrate on.
         held_out: other rows, of which positions that carry loss are compared.
         kept: existing folder of what was measured; it goes on from what it holds.
+        plain: grids by name that all matrices are rounded to as they are, and the head; a tied embedding shares 4-bit codes
+            with it, and stays float32 else.
     """
     import torch
 
+    if (kept / "ends.json").is_file():
+        return _known(kept)
     model = skeleton(merged, trust_remote_code=trust_remote_code)
     layers, prefix = decoder_layers(model)
     with torch.inference_mode(), Weights(merged) as weights:
-        walk = _Walk(model, layers, prefix, weights, candidates, held_out, kept)
+        walk = _Walk(model, layers, prefix, weights, candidates, plain, held_out, kept)
         steps = [len(layers) - number + 2 for number in range(len(layers))]  # trials go through all layers that follow
         with progress.task("measure what each layer bears", sum(steps) + len(layers)) as bar:
             walk.start(rows)
@@ -97,6 +112,37 @@ def measure(
     return Sensitivity(walk.units, walk.together)
 
 
+def outline(merged: Path, row: Sequence[int], *, trust_remote_code: bool = False) -> list[Measured]:
+    """All groups, before anything is measured: one short row of token ids tells which matrices read the same tensor."""
+    import torch
+
+    model = skeleton(merged, trust_remote_code=trust_remote_code)
+    layers, prefix = decoder_layers(model)
+    units = []
+    with torch.inference_mode(), Weights(merged) as weights:
+        embedding = weights.get(f"{EMBEDDING}.weight")
+        states = embed(model, layers, weights, embedding, [row[:_SHORT]])
+        for number, layer in enumerate(layers):
+            weights.fill(layer, f"{prefix}.{number}")
+            trial = Trial(layer, f"{prefix}.{number}", number, {}, states, states, model.config)
+            units += [Measured(group.name, group.shapes) for group in trial.groups]
+            empty(layer)
+    return units + _end_units(model, (embedding.shape[0], embedding.shape[1]))
+
+
+def _end_units(model: Any, shape: tuple[int, int]) -> list[Measured]:
+    """The head, and the embedding: apart, or as the one matrix that both are."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    return [Measured(name, {name: shape}) for name in ([HEAD] if tied else [HEAD, EMBEDDING])]
+
+
+def _known(kept: Path) -> Sensitivity:
+    """What was measured to the end before."""
+    ends = read_json(kept / "ends.json")
+    layers = [read_json(file) for file in sorted(kept.glob("layer-*.json"))]
+    return Sensitivity([read_measured(one) for found in [*layers, ends] for one in found["units"]], ends["together"])
+
+
 class _Walk:
     def __init__(
         self,
@@ -105,16 +151,17 @@ class _Walk:
         prefix: str,
         weights: Weights,
         candidates: Mapping[str, Grid],
+        plain: Mapping[str, Grid],
         held_out: Sequence[Encoded],
         kept: Path,
     ) -> None:
         self._model, self._layers, self._prefix, self._weights = model, layers, prefix, weights
-        self._candidates, self._kept = candidates, kept
+        self._candidates, self._plain, self._kept = candidates, plain, kept
         self._ids = [list(row.ids) for row in held_out]
         self._places = [[at - 1 for at in range(1, len(row.ids)) if row.learned[at]] for row in held_out]
         self._tied = bool(model.config.get_text_config().tie_word_embeddings)
         self._wanted: list[torch.Tensor] = []  # log-probabilities by row (places, vocabulary)
-        self._together: dict[str, list[torch.Tensor]] = {}  # hidden states by row, all groups so far on a candidate
+        self._together: dict[str, list[torch.Tensor]] = {}  # hidden states by row, all groups so far on a grid
         self.units: list[Measured] = []
         self.together: dict[str, float] = {}
 
@@ -129,6 +176,11 @@ class _Walk:
         for row, out in enumerate(self._through(hidden, 0)):
             self._wanted.append(self._scores(row, out[0]))
         self._together = {name: list(self._states.hidden) for name in self._candidates}
+        embedding = self._model.get_input_embeddings()
+        for name, grid in self._plain.items():
+            shared = [embedding] if self._tied and grid.bits == 4 else []
+            with self._instead(shared, self._rounded(embedding.weight, grid) if shared else None):
+                self._together[name] = enter(self._model, self._layers, self._ids).hidden
 
     def layer(self, number: int) -> None:
         """Measure a layer's groups, or take what was measured; then run the float states through it."""
@@ -159,10 +211,14 @@ class _Walk:
         variants, owners = list[list["torch.Tensor"]](), list[tuple[Measured, str]]()
         whole: dict[str, list[Change]] = {name: [] for name in self._candidates}
         for unit, group in zip(units, trial.groups, strict=True):
-            for label, change in trial.changes(group).items():
+            for label, ways in trial.changes(group).items():
+                change, outputs = trial.better(ways)
                 whole[label].append(change)
-                variants.append(trial.run([change], self._states.hidden))
+                variants.append(outputs)
                 owners.append((unit, label))
+                if change.method:
+                    unit.methods[label] = change.method
+        whole |= {name: [trial.plain(group, grid) for group in trial.groups] for name, grid in self._plain.items()}
         for label, changes in whole.items():
             self._together[label] = trial.run(changes, self._together[label])
         for (unit, label), kld in zip(owners, self._divergences(variants, number + 1), strict=True):
@@ -171,18 +227,15 @@ class _Walk:
 
     def ends(self, heads: Sequence[str]) -> None:
         """Measure the head and the embedding, and all groups of the layers together."""
-        file = self._kept / "ends.json"
-        if file.is_file():
-            found = read_json(file)
-            self.units += [_measured(one) for one in found["units"]]
-            self.together = found["together"]
-            return
+        head = self._model.get_output_embeddings()
         for name, rows in self._together.items():
-            klds = [self._kld(row, hidden) for row, hidden in enumerate(rows)]
+            grid = self._plain.get(name)
+            with self._instead([head] if grid else [], self._rounded(head.weight, grid) if grid else None):
+                klds = [self._kld(row, hidden) for row, hidden in enumerate(rows)]
             self.together[name] = self._mean(klds)
         units = self._ends(heads)
         self.units += units
-        write_json(file, {"units": [vars(one) for one in units], "together": self.together})
+        write_json(self._kept / "ends.json", {"units": [vars(one) for one in units], "together": self.together})
 
     def _divergences(self, variants: Sequence[Sequence[torch.Tensor]], number: int) -> list[float]:
         """Mean KL divergence of each variant, given its hidden states by row, before a layer."""
@@ -255,46 +308,57 @@ class _Walk:
     def _take(self, found: Any, states: Path) -> None:
         from safetensors.torch import load_file
 
-        self.units += [_measured(one) for one in found["units"]]
+        self.units += [read_measured(one) for one in found["units"]]
         if states.is_file():  # only those of the last layer that was measured are kept
             tensors = load_file(str(states))
             self._together = {
-                name: [tensors[f"{name}/{row}"] for row in range(len(self._ids))] for name in self._candidates
+                name: [tensors[f"{name}/{row}"] for row in range(len(self._ids))] for name in self._together
             }
 
     def _ends(self, heads: Sequence[str]) -> list[Measured]:
-        """The head, and the embedding: apart, or as the one matrix that both are."""
+        """Both with each candidate, and 4 bits in each way."""
         model = self._model
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        names = [HEAD] if self._tied else [HEAD, EMBEDDING]
-        units = [Measured(name, {name: tuple(head.weight.shape)}) for name in names]
-        hessian = None
+        units = _end_units(model, tuple(head.weight.shape))
+        hessian = head_sums(model, self._calibration, self._tied)[0]
         for label in heads:
             for unit in units:
                 own = head if unit.name == HEAD else embedding
                 grid = fitted(unit.name, self._candidates[label], own.weight.shape[1])
-                if grid.bits == 4 and unit.name == HEAD:
-                    hessian = head_sums(model, self._calibration, self._tied)[0] if hessian is None else hessian
-                    found = gptq(own.weight, factor(hessian, grid.block_size), grid)
-                else:
-                    found = min_max(own.weight, grid)
-                with self._instead([embedding, head] if self._tied else [own], found.as_stored().dequantize()):
-                    states = enter(model, self._layers, self._ids).hidden
-                    unit.kld[label] = self._divergences([states], 0)[0]
+                for method in ways_of(grid):
+                    if method == "least_error":
+                        found = least_error(own.weight, grid)
+                    elif method and unit.name == HEAD:
+                        found = gptq(own.weight, factor(hessian, grid.block_size), grid)
+                    else:  # a lookup has no inputs to go by
+                        found = min_max(own.weight, grid)
+                    with self._instead([embedding, head] if self._tied else [own], found.as_stored().dequantize()):
+                        states = enter(model, self._layers, self._ids).hidden
+                        kld = self._divergences([states], 0)[0]
+                    if label not in unit.kld or kld < unit.kld[label]:
+                        unit.kld[label] = kld
+                        unit.methods |= {label: method} if method else {}
         return units
 
+    @staticmethod
+    def _rounded(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return min_max(weight, grid).dequantize()
+
     @contextlib.contextmanager
-    def _instead(self, modules: Sequence[Any], weight: torch.Tensor) -> Iterator[None]:
+    def _instead(self, modules: Sequence[Any], weight: torch.Tensor | None) -> Iterator[None]:
+        """Modules with another weight; None where there are none."""
         import torch
 
-        own = modules[0].weight
+        own = [module.weight for module in modules]
         for module in modules:
+            assert weight is not None
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
         yield
-        for module in modules:
-            module.weight = own
+        for module, weight in zip(modules, own, strict=True):
+            module.weight = weight
 
 
-def _measured(one: dict[str, Any]) -> Measured:
+def read_measured(one: dict[str, Any]) -> Measured:
+    """A group from a file that has its attributes."""
     shapes = {name: (shape[0], shape[1]) for name, shape in one["shapes"].items()}
-    return Measured(one["name"], shapes, one["kld"])
+    return Measured(one["name"], shapes, one["kld"], one["methods"])

@@ -1,6 +1,9 @@
 """One decoder layer with each of its groups on each candidate, for `auto_sensitivity`.
 
-A group is the matrices that read the same tensor: they are decided together, so that the graph can join them.
+A group is the matrices that read the same tensor: they are decided together, so that the graph can join them. 4-bit codes
+are found in two ways, by GPTQ and by scales with the least error of the weights. Both have the same bytes and the same
+kernel, so only the better one counts, and it is told by what the layer then gives for the held-out rows: their divergence
+would cost a run through all layers that follow for each.
 """
 
 from __future__ import annotations
@@ -12,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from edgetune.export.quantize.calibrate import Layer, fitted
 from edgetune.export.quantize.gptq import Factor, factor, gptq
 from edgetune.export.quantize.grid import Grid, Quantized
-from edgetune.export.quantize.plan import Plan
-from edgetune.export.quantize.rtn import min_max
+from edgetune.export.quantize.plan import Method, Plan
+from edgetune.export.quantize.rtn import least_error, min_max
 from edgetune.export.quantize.smooth import Group, divide, round_inputs, smooth
 from edgetune.export.quantize.states import States
 
 if TYPE_CHECKING:
     import torch
 
+METHODS: tuple[Method, ...] = ("gptq", "least_error")  # of 4-bit codes
 FLOAT = Plan(Grid(8, 32), method="min_max")  # for what is asked of a plan where nothing is quantized
 _SAMPLE = 1_000  # tokens on which channel scales are chosen
 
@@ -47,11 +51,13 @@ class Change:
     Attributes:
         weights: the parts of each linear layer, by its path.
         scales: what the inputs' channels are divided by, or None.
+        method: of 4-bit codes, or None.
     """
 
     group: Group
     weights: dict[str, list[Quantized]]
-    scales: torch.Tensor | None
+    scales: torch.Tensor | None = None
+    method: Method | None = None
 
 
 class Trial:
@@ -83,6 +89,7 @@ class Trial:
         self._kept = dict(layer.named_parameters())
         self.groups = [self._parts(name, group) for group in self._job.groups()]
         self._observe(calibration)
+        self._wanted: list[torch.Tensor] = []  # of the float layer, for the held-out rows
 
     def _parts(self, layer: str, group: Group) -> Parts:
         import torch
@@ -113,9 +120,33 @@ class Trial:
         for one in hooks:
             one.remove()
 
-    def changes(self, parts: Parts) -> dict[str, Change]:
-        """What each candidate changes, by its name."""
-        found: dict[str, Change] = {}
+    def plain(self, parts: Parts, grid: Grid) -> Change:
+        """A group rounded to nearest, with 32-bit scales."""
+        weights = {
+            path: [min_max(one, fitted(name, grid, one.shape[1])) for name, one in self._job.parts(path)]
+            for path in parts.group.paths
+        }
+        return Change(parts.group, weights)
+
+    def better(self, ways: Sequence[Change]) -> tuple[Change, list[torch.Tensor]]:
+        """Of several changes the one whose outputs for the held-out rows are nearer to the float layer's, and these."""
+        found = [(way, self.run([way], self._states.hidden)) for way in ways]
+        if len(found) == 1:
+            return found[0]
+        self._wanted = self._wanted or self.run([], self._states.hidden)
+        return min(found, key=lambda one: self._apart(one[1]))
+
+    def _apart(self, outputs: Sequence[torch.Tensor]) -> float:
+        """Squared error of the layer's outputs, relative, mean over tokens: a few tokens have far larger outputs."""
+        pairs = zip(outputs, self._wanted, strict=True)
+        apart = [
+            ((out - want).square().sum(-1) / want.square().sum(-1).clamp(min=1e-20)).flatten() for out, want in pairs
+        ]
+        return float(sum(one.sum() for one in apart)) / sum(map(len, apart))
+
+    def changes(self, parts: Parts) -> dict[str, list[Change]]:
+        """What each candidate changes, by its name; of 4 bits in each way."""
+        found: dict[str, list[Change]] = {}
         group = parts.group
         factors: dict[int, Factor] = {}
         for label, grid in self._candidates.items():
@@ -123,21 +154,31 @@ class Trial:
             if grid.activations == "int8":
                 self._own([*group.paths, *([group.maker] if group.maker else [])])
                 _, scales = smooth(self._layer, group)
-            weights = {}
-            for path in group.paths:
-                weights[path] = [
-                    self._quantized(parts, part, one, grid, factors) for part, one in self._job.parts(path)
-                ]
-            found[label] = Change(group, weights, scales)
+            found[label] = []
+            for method in ways_of(grid):
+                weights = {
+                    path: [
+                        self._quantized(parts, part, one, grid, method, factors) for part, one in self._job.parts(path)
+                    ]
+                    for path in group.paths
+                }
+                found[label].append(Change(group, weights, scales, method))
             self._restore()
         return found
 
     def _quantized(
-        self, parts: Parts, name: str, weight: torch.Tensor, grid: Grid, factors: dict[int, Factor]
+        self,
+        parts: Parts,
+        name: str,
+        weight: torch.Tensor,
+        grid: Grid,
+        method: Method | None,
+        factors: dict[int, Factor],
     ) -> Quantized:
         grid = fitted(name, grid, weight.shape[1])
-        if grid.bits == 8:
-            return min_max(weight, grid).as_stored()
+        if method != "gptq":
+            found = least_error(weight, grid) if method else min_max(weight, grid)
+            return found.as_stored()
         if grid.block_size not in factors:
             factors[grid.block_size] = factor(parts.hessian, grid.block_size)
         return gptq(weight, factors[grid.block_size], grid).as_stored()
@@ -182,6 +223,11 @@ class Trial:
         for name, value in self._kept.items():
             owner, _, last = name.rpartition(".")
             setattr(self._layer.get_submodule(owner), last, value)
+
+
+def ways_of(grid: Grid) -> tuple[Method | None, ...]:
+    """The methods that are tried on a grid: those of 4-bit codes, or None."""
+    return METHODS if grid.bits == 4 else (None,)
 
 
 def rounded_inputs(inputs: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -351,7 +351,7 @@ def _embedding(
     layers, prefix = decoder
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     exact = weights.get(f"{EMBEDDING}.weight")
-    searched = bool(rows) and plan.method == "gptq"
+    searched = bool(rows) and plan.searched
     last = embed(model, layers, weights, exact, rows if searched else ())
     first = list(last.hidden)
     if given is not None:
@@ -378,7 +378,7 @@ def _head(model: Any, weight: torch.Tensor, plan: Plan, states: States, tied: bo
 
     grid, method = fitted(HEAD, plan.grid(HEAD), weight.shape[1]), plan.method_of(HEAD)
     nearest = grid.bits == 8 or method != "gptq"
-    if not states.hidden or plan.method != "gptq" or (nearest and not states.exact):
+    if not states.hidden or not plan.searched or (nearest and not states.exact):
         return _rounded(weight, grid, method)
     hessian, apart = head_sums(model, states, tied)
     if states.exact:

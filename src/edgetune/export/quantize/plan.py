@@ -36,11 +36,14 @@ class Plan:
     methods: Mapping[str, Method] = field(default_factory=dict)
 
     @property
+    def searched(self) -> bool:
+        """Whether a matrix gets its codes by GPTQ; then every matrix makes up for what those before it lost."""
+        return "gptq" in (self.method, *self.methods.values())
+
+    @property
     def calibrated(self) -> bool:
         """Whether rows are needed."""
-        return "gptq" in (self.method, *self.methods.values()) or any(
-            grid.activations == "int8" for grid in (self.default, *self.modules.values())
-        )
+        return self.searched or any(grid.activations == "int8" for grid in (self.default, *self.modules.values()))
 
     @staticmethod
     def spare(columns: int) -> Grid:
