@@ -110,7 +110,7 @@ def test_json_that_is_cut_is_a_failure(tiny_artifact: Path) -> None:  # noqa: F8
     (["a", "--threads", "0"], "", "threads: must be"),
     (["a", "--json-schema", "{"], "", "--json-schema: is not JSON"),
     (["a", "--json-schema", '{"type": "objec"}'], "", "json_schema: the schema cannot be followed"),
-    (["a", "--json-schema", "[]"], "", "[]: no such file"),
+    (["a", "--json-schema", "[]"], "", "is not a JSON object"),
     (["a", "--regex", "(("], "", "regex: the regular expression cannot be followed"),
     (["a", "--grammar", "start: nope"], "", "grammar: the grammar cannot be followed"),
     (["a", "--grammar", "missing.lark"], "", "missing.lark: no such file"),

@@ -12,12 +12,12 @@ import pytest
 
 from artifacts import tiny_artifact  # noqa: F401
 from conftest import edgetune
+from edgetune import standalone_bench
 from edgetune.cli import _terminated
 from edgetune.cli.bench import command
 from edgetune.errors import InputError
 from edgetune.files import read_json
 from edgetune.recipe import BenchSection
-from edgetune.runtime.bench import measure
 from edgetune.runtime.bench.report import schema
 
 
@@ -122,7 +122,7 @@ def test_a_signal_says_that_nothing_is_kept(capsys: pytest.CaptureFixture[str], 
     def ended(*_: Any) -> None:
         _terminated(signal.SIGTERM, None)
 
-    monkeypatch.setattr(measure, "bench", ended)
+    monkeypatch.setattr(standalone_bench, "bench_artifact", ended)
     with pytest.raises(SystemExit) as caught:
         command(Path("any"))
     assert caught.value.code == 128 + signal.SIGTERM

@@ -84,7 +84,11 @@ def _rules(target: Target, reports: dict[str, dict[str, Any]]) -> list[str]:
         f"operators of the domains {', '.join(rules.domains)} only",
         *([f"without {', '.join(rules.forbidden_ops)}"] if rules.forbidden_ops else []),
         *([f"without tensors of {', '.join(rules.forbidden_types)}"] if rules.forbidden_types else []),
-        *(["all shapes fixed, so a generator's max_length has to stay as genai_config.json has it"] if target.static else []),
+        *(
+            ["all shapes fixed, so a generator's max_length has to stay as genai_config.json has it"]
+            if target.static
+            else []
+        ),
     ]
     return [
         _limits(limits),
