@@ -72,7 +72,8 @@ def test_a_whole_run(tiny_artifact: Path, quick: None, monkeypatch: pytest.Monke
     same, wrong = made.measured["trials"]
     assert same["kept"] and same["loaded"]["rounds"] == same["quiet"]["rounds"] == 3
     assert not wrong["kept"] and "does not run here" in wrong["note"] and "none such" in wrong["note"]
-    assert made.settings.session == {"session.intra_op.allow_spinning": "1"}
+    faster = made.measured["net"] > 1  # of a busy machine nothing is sure
+    assert made.settings.session == ({"session.intra_op.allow_spinning": "1"} if faster else {})
     assert made.settings.row_costs is not None and made.settings.row_costs.keys() == {1, 2, 4, 8, 16}
     assert made.measured["guessing"] == {"differ": 0, "of": 3 * (20 + 20 + 16 + 16)}  # float32 rounds little
     for state in ("quiet", "loaded"):
