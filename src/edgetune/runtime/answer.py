@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgetune.runtime.artifact import Artifact
+from edgetune.runtime.cancel import Cancel
 from edgetune.runtime.capi import Interrupted
 from edgetune.runtime.completion import Completion, Piece, TokenLogprob, ToolCall
 from edgetune.runtime.guidance import Guide, constraints
 from edgetune.runtime.native import native
 from edgetune.runtime.options import GenerationOptions
-from edgetune.runtime.prefix import FAILED, Cancel, Context, OnPrefill, Reader
+from edgetune.runtime.prefix import FAILED, Context, OnPrefill, Reader
 from edgetune.runtime.speculation import DEFAULT_COSTS, Counts, Policy, guessing, row_reader
 from edgetune.runtime.stops import StopFilter
 from edgetune.runtime.tools import MARKS, ToolFilter

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.artifact import Artifact, load_adapters
-from edgetune.runtime.cancel import Cancel as Cancel
-from edgetune.runtime.cancel import watched
+from edgetune.runtime.cancel import Cancel, watched
 from edgetune.runtime.guidance import Guide, require_guidance
 from edgetune.runtime.hardware import available_memory
 from edgetune.runtime.native import native

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgetune.errors import EdgetuneError
 from edgetune.export.quantize.checkpoint import EMBEDDING_FILE
+from edgetune.export.quantize.grid import Grid, unpacked
 from edgetune.export.quantize.kernels import DOMAIN, halve_scales, put_kernels, register
 from edgetune.export.quantize.plan import EMBEDDING
 from edgetune.export.quantize.rows import put_rows
@@ -78,7 +79,7 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, *, say_z
     scales = ir.DataType.FLOAT if plain else floats
     tensors, attributes = _stored_embedding(checkpoint, scales) if apart else _of_head(graph, graph_file)
     if plain:
-        numbers = _numbers(tensors, attributes["bits"]).astype(floats.numpy())
+        numbers = _numbers(tensors, attributes).astype(floats.numpy())
         stub.const_value, stub.shape = ir.tensor(numbers, name=name), ir.Shape(numbers.shape)
         return
     if say_zeros and len(tensors) == 2:
@@ -99,20 +100,16 @@ def _put_embedding(graph: ir.Graph, graph_file: Path, checkpoint: Path, *, say_z
     del graph.initializers[name]
 
 
-def _numbers(tensors: Sequence[Any], bits: int) -> Any:
-    """Codes (rows, bytes), scales (rows, blocks) and, where there are any, zero points (rows, bytes) as float32 (rows, columns)."""
+def _numbers(tensors: Sequence[Any], attributes: dict[str, int]) -> Any:
+    """Codes, scales and, where there are any, zero points of a lookup as the float32 matrix that they stand for."""
     import numpy as np
+    import torch
 
-    def codes(tensor: Any) -> Any:
-        packed = tensor.numpy()
-        return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
-
-    scales = tensors[1].numpy().astype(np.float32)[:, :, None]
-    blocks = scales.shape[1]
-    middle = np.full((1, blocks), 1 << (bits - 1), np.uint8)
-    zeros = codes(tensors[2])[:, :blocks] if len(tensors) > 2 else middle
-    found = codes(tensors[0]).reshape(len(scales), blocks, -1).astype(np.float32)
-    return ((found - zeros[:, :, None]) * scales).reshape(len(scales), -1)
+    codes, scales, *zeros = (torch.from_numpy(np.array(tensor.numpy())) for tensor in tensors)
+    bits, size = attributes["bits"], attributes["block_size"]
+    grid = Grid(bits, size, bool(zeros))
+    columns = codes.shape[1] * 8 // bits
+    return unpacked(codes, scales.float(), zeros[0] if zeros else None, grid, columns).dequantize().numpy()
 
 
 def _middle(blocks: Sequence[int], bits: int) -> Any:
