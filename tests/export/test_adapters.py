@@ -249,6 +249,21 @@ def test_a_run_keeps_its_adapter_apart(
     assert not [*(run / "artifact").glob("*.onnx_adapter")]
 
 
+def test_a_prompt_on_disk_is_of_one_adapter(skills: Path, tmp_path: Path) -> None:
+    """What was read under an adapter is taken up under it, and answered as where it is read."""
+    prompt, options = "A town " * 15, GenerationOptions(max_tokens=4, logprobs=1)
+    with load(skills) as plain:
+        for count, name in enumerate(("wide", "narrow", "none"), 1):
+            for known in (False, True):
+                with load(skills, prompt_cache=tmp_path) as session:
+                    answer = session.generate(prompt, options, adapter=name)
+                    assert (answer.cached_tokens > 0) == known
+                    wanted = plain.generate(prompt, options, adapter=name, reuse="off")
+                    assert (answer.ids, answer.logprobs) == (wanted.ids, wanted.logprobs)
+                    session.read(prompt, adapter=name)
+            assert len(list(tmp_path.iterdir())) == count
+
+
 def test_the_graph_without_branches_is_the_graph_before(skills: Path, plain: Path, tmp_path: Path) -> None:
     import onnx
 

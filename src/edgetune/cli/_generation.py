@@ -27,6 +27,13 @@ Adapter = Annotated[str | None, typer.Option(metavar="NAME", help=ADAPTER)]
 Threads = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads; the device profile's, or all cores, when not given.")
 ]
+PromptCache = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-cache",
+        help="Keep what conversations begin with, system prompt and tools, on disk, and take it up from there the next time.",
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option(metavar="0..2", help="0 takes the likeliest token and repeats itself; higher varies more."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from edgetune.cli._generation import (
     MaxTokens,
     MinP,
     PresencePenalty,
+    PromptCache,
     RepetitionPenalty,
     Seed,
     Speculation,
@@ -60,6 +61,7 @@ def command(
     speculation: Speculation = DEFAULT.speculation,
     exact: Exact = DEFAULT.exact,
     adapter: Adapter = None,
+    prompt_cache: PromptCache = False,
     threads: Threads = None,
     no_profile: NoProfile = False,
 ) -> None:
@@ -105,5 +107,6 @@ def command(
         conversation.load(load)
     found = open_artifact(artifact)
     found.adapter(adapter)  # refused before the model is loaded
-    with lease(found.path, "edgetune chat"), Session(found, threads=threads, use_profile=not no_profile) as session:
+    how: Any = {"use_profile": not no_profile, "prompt_cache": prompt_cache}
+    with lease(found.path, "edgetune chat"), Session(found, threads, **how) as session:
         run(session, conversation, options)

@@ -21,6 +21,7 @@ from edgetune.cli._generation import (
     MaxTokens,
     MinP,
     PresencePenalty,
+    PromptCache,
     PromptLogProbs,
     Regex,
     RepetitionPenalty,
@@ -77,6 +78,7 @@ def command(
     speculation: Speculation = DEFAULT.speculation,
     exact: Exact = DEFAULT.exact,
     adapter: Adapter = None,
+    prompt_cache: PromptCache = False,
     threads: Threads = None,
     no_profile: NoProfile = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")] = False,
@@ -93,6 +95,7 @@ def command(
       edgetune generate runs/quickstart --file question.txt --max-tokens 100 --stats
       cat notes.txt | edgetune generate runs/quickstart --system "Sum this up." --stop "\\n\\n"
       edgetune generate runs/quickstart "A story, please." --temperature 0.8 --seed 7
+      edgetune generate runs/quickstart "What is our address?" --system "$(cat rules.txt)" --prompt-cache
       edgetune generate skills "Count the orders of May." --adapter sql
       edgetune generate runs/quickstart "Name a city." --json-schema '{"type": "object"}'
       edgetune generate runs/quickstart "Yes or no?" --regex "yes|no" --json --logprobs 5
@@ -129,7 +132,7 @@ def command(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         adapter=adapter,
-        reuse="off",  # nothing follows, so no room is made for it
+        reuse="exact" if prompt_cache else "off",  # nothing follows, so no room is made for it
     )
     functions = [] if tools is None else read_tools(tools)
     text = read_prompt(prompt, file)
@@ -140,13 +143,15 @@ def command(
         if not isinstance(found, Artifact) and found.description.task == SEQ2SEQ:
             from edgetune.runtime.plain.seq2seq import Seq2Seq
 
-            if system is not None or functions:
-                raise InputError("a sequence-to-sequence model knows neither system prompts nor tools", where=artifact)
+            if system is not None or functions or prompt_cache:
+                what = "neither system prompts nor tools, and keeps no prompts"
+                raise InputError(f"a sequence-to-sequence model knows {what}", where=artifact)
             with Seq2Seq(found, threads) as model:
                 answer = _shown(model.stream(text, options), silent=json)
         else:
             decoder = require_decoder(found)
-            with Session(decoder, threads=threads, use_profile=not no_profile) as session:
+            how: Any = {"use_profile": not no_profile, "prompt_cache": prompt_cache}
+            with Session(decoder, threads, **how) as session:
                 answer = _answer(session, text if raw else messages, options, functions, silent=json)
     if json:
         print_json(answer.as_dict())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgetune.cli._common import Json, NoProfile
-from edgetune.cli._generation import Threads
+from edgetune.cli._generation import PromptCache, Threads
 
 
 def command(
@@ -28,6 +28,7 @@ def command(
             help="System prompt of conversations that bring none of their own; read before the first request.",
         ),
     ] = None,
+    prompt_cache: PromptCache = False,
     threads: Threads = None,
     no_profile: NoProfile = False,
     as_json: Json = False,
@@ -66,6 +67,7 @@ def command(
         name=name,
         queue=queue,
         system=None if system is None else read_system(system),
+        prompt_cache=prompt_cache,
         threads=threads,
         use_profile=not no_profile,
         ready=ready,

@@ -21,6 +21,7 @@ from edgetune.export.preflight import require_rows
 from edgetune.export.qdq import to_static
 from edgetune.export.quantize.smooth import Folded
 from edgetune.export.quantized import BUILDER_OPTIONS, NO_EXAMPLES, Examples, measuring_seconds, write_checkpoint
+from edgetune.export.restore_graph import write_restore_graph
 from edgetune.export.targets import Target
 from edgetune.export.window import write_windows
 from edgetune.files import TMP_PREFIX, write_json, write_text
@@ -101,6 +102,8 @@ def export_decoder(
         config["model"]["context_length"] = limit  # the graph has no angles for positions beyond
     config["search"]["max_length"] = limit  # ONNX Runtime GenAI allocates the KV cache for this length
     write_json(artifact / "genai_config.json", config)
+    if target.provider == "cpu" and not target.static:
+        write_restore_graph(artifact, config)
     tokenizer = json.loads((artifact / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only", "name_or_path"):
         tokenizer.pop(key, None)

@@ -79,12 +79,17 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(f"{n.domain}:{n.op_type}" if n.domain not in _STANDARD else n.op_type for n in _nodes(model.graph))
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those within its nodes."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    return (node for one in _graphs(graph) for node in one.node)
 
 
 def _invalid(model: onnx.ModelProto) -> Iterator[str]:
@@ -100,11 +105,12 @@ def _invalid(model: onnx.ModelProto) -> Iterator[str]:
     for node in _nodes(copy.graph):
         if node.op_type in _UNREGISTERED and node.domain in _STANDARD:
             node.domain = "com.microsoft"
-    guessed = [node for node in copy.graph.node if node.op_type == "Constant" or "/LayerNorm/" in node.name]
-    wrong = {name for node in guessed for name in node.output}
-    told = [value for value in copy.graph.value_info if value.name not in wrong]
-    del copy.graph.value_info[:]
-    copy.graph.value_info.extend(told)
+    for graph in _graphs(copy.graph):
+        guessed = [node for node in graph.node if node.op_type == "Constant" or "/LayerNorm/" in node.name]
+        wrong = {name for node in guessed for name in node.output}
+        told = [value for value in graph.value_info if value.name not in wrong]
+        del graph.value_info[:]
+        graph.value_info.extend(told)
     outside = [tensor for tensor in copy.graph.initializer if tensor.external_data]
     for tensor in outside:
         copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

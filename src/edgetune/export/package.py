@@ -20,6 +20,7 @@ from edgetune.export.targets import Target, status_of
 from edgetune.export.weight_check import compare_weights
 from edgetune.files import folder_size, write_json, write_text
 from edgetune.run import Work, seal
+from edgetune.runtime.prompt_cache import GRAPH
 from edgetune.runtime.providers import prepare
 
 # How ONNX Runtime words that the CPU does not have an operator, or not for these types.
@@ -185,4 +186,32 @@ def _load(artifact: Path, runs: bool) -> dict[str, Any]:
         return {"ran_on_cpu": False, "cpu_says": why}
     if answer.completion_tokens < 1:
         raise EdgetuneError("the artifact loads, but generates nothing", where=artifact.name)
+    if (artifact / GRAPH).is_file():
+        _check_restoring(artifact)
     return {"ran_on_cpu": not runs}
+
+
+def _check_restoring(artifact: Path) -> None:
+    """Raise EdgetuneError unless a prompt that is taken up from disk is answered as one that was read."""
+    from edgetune.runtime.artifact import open_artifact
+    from edgetune.runtime.options import GenerationOptions
+    from edgetune.runtime.session import Session
+
+    found, options = open_artifact(artifact), GenerationOptions(max_tokens=4, logprobs=1)
+    with (
+        tempfile.TemporaryDirectory(prefix="edgetune-") as folder,
+        Session(found, prompt_cache=Path(folder)) as session,
+    ):
+        words = "Hello "
+        words *= found.prefill_tokens // len(session.encode(words)) + 8
+        if len(session.encode(words)) + 4 > found.max_length:
+            return  # no prompt has a whole piece and an answer
+        session.read(words)
+        session.forget()
+        restored, read = session.generate(words, options), session.generate(words, options, reuse="off")
+    if not restored.cached_tokens or (restored.ids, restored.logprobs) != (read.ids, read.logprobs):
+        raise EdgetuneError(
+            "a prompt that was kept on disk is answered otherwise than one that is read",
+            where=f"{artifact.name}/{GRAPH}",
+            fix="report this model",
+        )

@@ -61,15 +61,29 @@ def __getattr__(name: str) -> Any:
 
 
 @overload
-def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True) -> Session: ...
+def load(
+    path: str | Path, threads: int | None = None, *, use_profile: bool = True, prompt_cache: str | Path | bool = False
+) -> Session: ...
 
 
 @overload
-def load(path: str | Path, threads: int | None = None, *, use_profile: bool = True, kind: type[Kind]) -> Kind: ...
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    *,
+    use_profile: bool = True,
+    prompt_cache: str | Path | bool = False,
+    kind: type[Kind],
+) -> Kind: ...
 
 
 def load(
-    path: str | Path, threads: int | None = None, *, use_profile: bool = True, kind: type[Any] | None = None
+    path: str | Path,
+    threads: int | None = None,
+    *,
+    use_profile: bool = True,
+    prompt_cache: str | Path | bool = False,
+    kind: type[Any] | None = None,
 ) -> Any:
     """Verify an artifact's folder and load it.
 
@@ -77,6 +91,8 @@ def load(
         path: the artifact, or the run folder that holds it.
         threads: CPU threads; the device profile's, or all cores, when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
+        prompt_cache: keep on disk what a decoder's conversations begin with, their system prompt and tools, and take it up from
+            there instead of reading it; in this folder, or in edgetune's own when True.
         kind: what is expected, `Embedder` for example; another artifact is refused. Type checkers take what comes back for
             that, and for a decoder's `Session` where it is not given.
 
@@ -98,6 +114,8 @@ def load(
     if not isinstance(kind, type | None):
         raise InputError(f"must be a class, such as Embedder, not {checks.shown(kind)}", where="kind")
     checks.flag("use_profile", use_profile)
+    if not isinstance(prompt_cache, bool | str | os.PathLike):
+        raise InputError(f"must be a folder, True or False, not {checks.shown(prompt_cache)}", where="prompt_cache")
     threads = None if threads is None else checked_threads(threads)
     try:
         artifact = open_any(Path(path))
@@ -106,15 +124,18 @@ def load(
             raise
         raise known from error
     wanted: Any
-    settings: dict[str, bool]
+    settings: dict[str, Any]
     if isinstance(artifact, Artifact):
         from edgetune.runtime.session import Session
 
-        wanted, settings = Session, {"use_profile": use_profile}
+        folder = prompt_cache if isinstance(prompt_cache, bool) else Path(prompt_cache)
+        wanted, settings = Session, {"use_profile": use_profile, "prompt_cache": folder}
     else:
         from edgetune.runtime.plain import class_of
 
         wanted, settings = class_of(artifact.description.task), {}
+        if prompt_cache:
+            raise InputError("is for decoders, which read prompts", where="prompt_cache", fix="leave it out")
     if kind is not None and not issubclass(wanted, kind):
         raise InputError(f"gives {wanted.__name__}, not {kind.__name__}", where=path, fix="name another artifact")
     return wanted(artifact, threads, **settings)

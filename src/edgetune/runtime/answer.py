@@ -48,6 +48,7 @@ class Request:
         on_prefill: told how many tokens of the prompt are read, and how many there are.
         tools: names of the functions whose calls are read from the answer.
         adapter: the one that is on.
+        lasting: how many of the first tokens other prompts will begin with.
     """
 
     ids: list[int]
@@ -57,6 +58,7 @@ class Request:
     on_prefill: OnPrefill | None = None
     tools: tuple[str, ...] = ()
     adapter: str | None = None
+    lasting: int = 0
 
     @property
     def names_tokens(self) -> bool:
@@ -156,7 +158,8 @@ class Answer:
         """The stream. The context is kept for the next prompt when it is read to its end or closed."""
         made = _Made(time.perf_counter())
         request = self._request
-        context = self._reader.begin(request.ids, request.limit, self._guide, self._reuse(), request.adapter)
+        asked = (request.ids, request.limit, self._guide, self._reuse(), request.adapter, request.lasting)
+        context = self._reader.begin(*asked)
         prompt_logprobs = None
         try:
             with context.interruptible(request.cancel):

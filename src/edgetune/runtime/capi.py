@@ -33,7 +33,6 @@ _TYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16",
     11: "float64", 12: "uint32", 13: "uint64",
 }  # fmt: skip
-_FLOAT32 = 1
 # What functions give back, where it is no result; what they take is of the types that are given.
 _GIVES: dict[str, Any] = {
     "OgaResultGetError": c_char_p,
@@ -210,12 +209,26 @@ class GeneratorParams(_Owned):
         _library().call("OgaGeneratorParamsSetGuidance", self.handle, *given)
 
 
+@contextlib.contextmanager
+def _tensor_over(values: NDArray[Any]) -> Iterator[c_void_p]:
+    """A native tensor over the memory of an array, which has no gaps."""
+    library, shape = _library(), (c_int64 * values.ndim)(*values.shape)
+    kind = next(number for number, name in _TYPES.items() if name == values.dtype.name)
+    data = (c_void_p(values.ctypes.data), shape, c_size_t(values.ndim), c_int(kind))
+    tensor = library.make("OgaCreateTensorFromBuffer", *data)
+    try:
+        yield tensor
+    finally:
+        library.destroy("Tensor", tensor)
+
+
 class Generator(_Owned):
     """Tokens that are read and generated, and their KV cache. One thread at a time, but for `interrupt`."""
 
     def __init__(self, model: Model, params: GeneratorParams) -> None:
         super().__init__("Generator", _library().make("OgaCreateGenerator", model.handle, params.handle, slow=True))
         self._interrupted = False
+        self._inputs: list[NDArray[Any]] = []  # whose memory the graph sees
         self._lock = threading.Lock()  # a generator that is interrupted must not be asked whether it is done
 
     def interrupt(self) -> None:
@@ -276,14 +289,18 @@ class Generator(_Owned):
         """Put others in the place of the next token's logits; float32."""
         import numpy as np
 
-        given = np.ascontiguousarray(logits, np.float32)
-        library, shape = _library(), (c_int64 * given.ndim)(*given.shape)
-        data = (c_void_p(given.ctypes.data), shape, c_size_t(given.ndim), c_int(_FLOAT32))
-        tensor = library.make("OgaCreateTensorFromBuffer", *data)
-        try:
-            library.call("OgaGenerator_SetLogits", self.handle, tensor)
-        finally:
-            library.destroy("Tensor", tensor)
+        with _tensor_over(np.ascontiguousarray(logits, np.float32)) as tensor:
+            _library().call("OgaGenerator_SetLogits", self.handle, tensor)
+
+    def get_input(self, name: str) -> NDArray[Any]:
+        """A copy of an input of the graph's next run."""
+        return self._tensor("OgaGenerator_GetInput", name.encode())
+
+    def set_input(self, name: str, values: NDArray[Any]) -> None:
+        """Set a further input of the graph, for all runs; before anything is read. The graph sees this memory, not a copy."""
+        with _tensor_over(values) as tensor:
+            _library().call("OgaGenerator_SetModelInput", self.handle, name.encode(), tensor)
+        self._inputs.append(values)
 
     def rewind_to(self, length: int) -> None:
         """Forget what follows the first `length` tokens."""

@@ -29,13 +29,14 @@ class Loaded:
     tokenizer: Any
 
 
-def load_model(artifact: Artifact, settings: Settings, provider: str | None = None) -> Loaded:
+def load_model(artifact: Artifact, settings: Settings, provider: str | None = None, graph: str | None = None) -> Loaded:
     """Load an artifact.
 
     Args:
         artifact: a verified artifact.
         settings: threads and session options.
         provider: run it on this one, by edgetune's name; on what it was exported for when None.
+        graph: the name of another graph of the artifact's, with the same inputs and outputs and maybe others.
 
     Raises:
         InputError: a number of threads that cannot be, or an execution provider that is missing.
@@ -57,7 +58,8 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
                 config.append_provider(PROVIDERS[provider].genai)
                 for key, value in (PROVIDERS[provider].options or {}).items():
                     config.set_provider_option(PROVIDERS[provider].genai, key, value)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        decoder: dict[str, Any] = {"session_options": options} | ({"filename": graph} if graph else {})
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
         with ThreadPoolExecutor(1) as beside:  # the graph takes one core, the tokenizer half as long
             tokenizer = beside.submit(lambda: og.Tokenizer(og.Config(str(artifact.path))))
             model = og.Model(config)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgetune.runtime.prompt_cache import PromptCache
+
 OnPrefill = Callable[[int, int], None]
 _STEP = 128  # capacities are multiples of this many tokens, so that a somewhat longer prompt finds room
 _MOST_KEPT = 3  # contexts
@@ -47,6 +49,7 @@ class Context:
         cuts: where the whole pieces end that they begin with.
         cached: how many tokens of the last prompt were not read again.
         once: it is not kept.
+        lasting: how many of its first tokens the prompt cache keeps.
         interrupted: the generator is halted, somewhere behind `ids`.
     """
 
@@ -57,6 +60,7 @@ class Context:
     cuts: list[int] = field(default_factory=list)
     cached: int = 0
     once: bool = False
+    lasting: int = 0
     interrupted: bool = False
 
     @contextlib.contextmanager
@@ -83,14 +87,18 @@ class Reader:
         model: its model.
         artifact: what the model was loaded from.
         piece: most tokens of a prompt that are read at once; as the artifact has it when None.
+        cache: what was read before, on disk; `model` is then of `prompt_cache.GRAPH`.
 
     Attributes:
         piece: the same.
         fixed: the graph's shapes are fixed, which leaves its KV cache as it was made.
     """
 
-    def __init__(self, og: Any, model: Any, artifact: Artifact, piece: int | None = None) -> None:
+    def __init__(
+        self, og: Any, model: Any, artifact: Artifact, piece: int | None = None, cache: PromptCache | None = None
+    ) -> None:
         self.piece = piece or artifact.prefill_tokens
+        self._cache = cache
         self._og, self._model, self._artifact = og, model, artifact
         # Graphs of fixed shapes write a whole KV cache, whatever is asked for: a smaller one would be overrun.
         self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
@@ -107,7 +115,7 @@ class Reader:
         self._kept.clear()
 
     def keep(self, context: Context) -> None:
-        """Keep a context for prompts to come; only where its `ids` are right."""
+        """Keep a context for prompts to come, and its first tokens on disk; only where its `ids` are right."""
         if self.fixed or context.once:
             return
         if context.interrupted:
@@ -117,8 +125,14 @@ class Reader:
                 return
             context.interrupted = False
         self._kept.append(context)
+        cuts = [cut for cut in context.cuts if cut <= context.lasting]
+        if self._cache is not None and cuts:
+            with native(FAILED, self._artifact):
+                self._cache.save(context.generator, context.ids[: cuts[-1]], cuts, context.key[1])
 
-    def begin(self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None) -> Context:
+    def begin(
+        self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None, lasting: int = 0
+    ) -> Context:
         """A context for a prompt and an answer: a new one, or one that was kept, cut back to what begins both.
 
         Args:
@@ -127,6 +141,7 @@ class Reader:
             guide: the constraint.
             reuse: see GenerationOptions; `off` makes a context of just the size that is needed, and leaves the others alone.
             adapter: the name of the one that is on.
+            lasting: how many of the first tokens other prompts will begin with, for the prompt cache.
 
         Raises:
             InputError: the constraint cannot be followed.
@@ -134,22 +149,28 @@ class Reader:
         """
         key, need, once = (guide and guide.key, adapter), len(ids) + limit, reuse == "off"
         kept = None if once else next((context for context in self._kept if context.key == key), None)
+        known = 0 if kept is None else self._known(kept, ids, reuse)
+        stored = None if once or self._cache is None else self._cache.find(ids, adapter, known)
         outgrown = 0
         if kept is not None:
             self._kept.remove(kept)  # it comes back when all went well
-            known = self._known(kept, ids, reuse)
-            if kept.capacity >= need and self._rewound(kept, known):
+            if stored is None and kept.capacity >= need and self._rewound(kept, known):
                 cuts = [cut for cut in kept.cuts if cut <= known]
-                return Context(kept.generator, key, kept.capacity, ids[:known], cuts, known)
+                return Context(kept.generator, key, kept.capacity, ids[:known], cuts, known, lasting=lasting)
             outgrown = kept.capacity if known else 0
             kept = None  # frees its memory before more is taken
         capacity = self._capacity(need, outgrown, room=not once and guide is None)
         self._make_way(capacity)
         generator = self._generator(capacity, guide)
-        if adapter is not None:
-            with native(FAILED, self._artifact):
+        with native(FAILED, self._artifact):
+            if adapter is not None:
                 generator.set_active_adapter(self._adapters, adapter)
-        return Context(generator, key, capacity, once=once)
+            if self._cache is not None:
+                self._cache.attach(generator, stored)
+        found = Context(generator, key, capacity, once=once, lasting=lasting)
+        if stored is not None:
+            found.ids, found.cuts, found.cached = list(stored[0].ids), list(stored[0].cuts), len(stored[0].ids)
+        return found
 
     def _capacity(self, need: int, outgrown: int, room: bool) -> int:
         """Tokens that a new context has room for.

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Generator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Unpack
 
 from edgetune.errors import EdgetuneError, InputError
@@ -21,6 +22,8 @@ from edgetune.runtime.model import load_model
 from edgetune.runtime.options import DEFAULT_MAX_TOKENS, GenerationOptions, OptionFields, options_of
 from edgetune.runtime.prefix import OnPrefill, Reader
 from edgetune.runtime.profile import settings_for
+from edgetune.runtime.prompt_cache import GRAPH, PromptCache, require
+from edgetune.runtime.providers import named
 from edgetune.runtime.templates import Template
 from edgetune.runtime.tools import checked_tools
 from edgetune.runtime.vocabulary import Vocabulary
@@ -43,25 +46,40 @@ class Session:
         threads: CPU threads; as the device profile has them when None, or all cores where there is none.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
         on_cpu: run it on the CPU, whatever provider it was exported for.
+        prompt_cache: keep what conversations begin with, their system prompt and tools, and what `read` is given, on
+            disk, and take it up from there instead of reading it: in this folder, or in edgetune's own when True.
 
     Raises:
         InputError: `threads` is below 1, or far more than this machine has cores; the artifact needs an execution
-            provider that is missing.
+            provider that is missing, or cannot take up what was kept.
         EdgetuneError: ONNX Runtime cannot load the artifact, or its tokenizer, template or stop tokens are
             not what the model was trained with (golden.json).
     """
 
     def __init__(
-        self, artifact: Artifact, threads: int | None = None, *, use_profile: bool = True, on_cpu: bool = False
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        *,
+        use_profile: bool = True,
+        on_cpu: bool = False,
+        prompt_cache: Path | bool = False,
     ) -> None:
+        if prompt_cache:
+            require(artifact, "cpu" if on_cpu else named(artifact.config))
         self.artifact, self.settings = artifact, settings_for(artifact, threads, use_profile)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._held: weakref.ref[Any] | None = None  # the stream that has the lock
         self._holder = 0  # the thread that read it last
         started = time.perf_counter()
-        loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None)
+        piece = self.settings.prefill_tokens or artifact.prefill_tokens
+        self._cache = None
+        if prompt_cache:
+            folder = None if prompt_cache is True else prompt_cache
+            self._cache = PromptCache(artifact, self.settings, piece, folder)
+        loaded = load_model(artifact, self.settings, "cpu" if on_cpu else None, GRAPH if self._cache else None)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self._reader = Reader(loaded.og, loaded.model, artifact, self.settings.prefill_tokens)
+        self._reader = Reader(loaded.og, loaded.model, artifact, piece, self._cache)
         self._template = Template(artifact, self._tokenizer)
         self._check_contract()
         self.load_s = time.perf_counter() - started
@@ -110,7 +128,7 @@ class Session:
         """Read ahead: a system prompt that conversations will begin with, or an answer that a next turn will follow.
 
         Whole pieces are read, up to the end of a turn, and kept for the prompts that follow and begin with them, under the same
-        adapter.
+        adapter; on disk, too, where the session has a prompt cache.
 
         Args:
             prompt, tools: as for `stream`.
@@ -130,7 +148,8 @@ class Session:
         try:
             self._open()
             whole = self._reader.whole(request.ids)
-            context = self._reader.begin(request.ids, request.limit, None, request.options.reuse, request.adapter)
+            options = request.options
+            context = self._reader.begin(request.ids, request.limit, None, options.reuse, request.adapter, whole)
             with contextlib.suppress(Interrupted), context.interruptible(request.cancel):
                 self._reader.read(context, request.ids[:whole], request.cancel)
             self._reader.keep(context)
@@ -256,7 +275,21 @@ class Session:
             raise InputError(what, where="logit_bias")
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        return Request(ids, limit, options, Either(self._closing, cancel), on_prefill, names, adapter)
+        lasting = 0 if self._cache is None or isinstance(prompt, str) else self._lasting(ids, prompt, tools)
+        return Request(ids, limit, options, Either(self._closing, cancel), on_prefill, names, adapter, lasting)
+
+    def _lasting(self, ids: list[int], messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> int:
+        """How many of a prompt's first tokens are those of its system prompt and tools: what it has in common with another user's words."""
+        first = list(messages[:1]) if messages[0]["role"] == "system" else []
+        if not (first or tools) or len(messages) == len(first):
+            return 0
+        said = str(messages[len(first)]["content"])
+        other: Message = {"role": "user", "content": "1" if said[:1] != "1" else "2"}
+        try:
+            others = self._encoded("prompt", self._rendered("prompt", [*first, other], tools))
+        except InputError:  # a template that wants other turns
+            return 0
+        return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
 
     def _rendered(self, where: str, messages: Any, tools: Sequence[dict[str, Any]]) -> str:
         what = "a list of messages" if where == "messages" else "a string or a list of messages"

@@ -30,6 +30,7 @@ def serve(
     name: str | None,
     queue: int,
     system: str | None = None,
+    prompt_cache: bool = False,
     threads: int | None,
     use_profile: bool = True,
     ready: Callable[[str, str], None],
@@ -43,6 +44,7 @@ def serve(
         name: the model's name for clients; the artifact's own when None.
         queue: how many requests may wait while one is answered.
         system: the system prompt of conversations that bring none; it is read before requests are taken.
+        prompt_cache: keep on disk what conversations begin with, and take it up from there.
         threads: CPU threads for the model; the device profile's, or all cores, when None.
         use_profile: run it with the settings that `edgetune tune` measured on this machine, where it did.
         ready: called with the service's URL and the model's name once requests are taken.
@@ -59,7 +61,7 @@ def serve(
         _warn_if_open(listener)
         artifact = open_artifact(path)
         with lease(artifact.path, "edgetune serve"):
-            session = Session(artifact, threads=threads, use_profile=use_profile)
+            session = Session(artifact, threads, use_profile=use_profile, prompt_cache=prompt_cache)
             model = name or artifact.name
             app = create_app(session, model, queue, system)
             Server(app, listener, lambda: ready(url(listener), model)).run_until_signal()

@@ -24,7 +24,7 @@ from edgetune.files import read_json
 
 BUILDER = {"model builder int4": Grid(4, 32), "model builder int8": Grid(8, 32)}
 _LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
-_FILES_A_LAYER = 8_000  # bytes of a graph
+_FILES_A_LAYER = 17_000  # bytes of a graph and the one that takes prompts up
 _OTHER_FILES = 16_000  # bytes: configuration, golden prompts, card, manifest
 _SCALE = 4  # bytes of the builder's
 _METHODS = {"gptq": "", "least_error": ", least error"}  # as labels say them
