@@ -50,7 +50,7 @@ def test_an_export_has_it(artifact: Path) -> None:
 
 
 def test_it_writes_an_int8_cache_and_takes_it_up(tiny_model: Path, tmp_path: Path) -> None:
-    target = {"description": "x", "needs": "y", "provider": "cpu", "precision": "fp32", "kv_cache": "int8"}
+    target = {"description": "x", "needs": "y", "provider": "cpu", "precision": "int8", "kv_cache": "int8"}
     (tmp_path / "target.yaml").write_text(json.dumps(target))
     rows = write_jsonl(
         tmp_path / "rows.jsonl", [{"text": f"Number {n} is {n * n}, and so on. " * 9} for n in range(24)]

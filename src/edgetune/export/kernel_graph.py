@@ -24,7 +24,7 @@ def graph() -> onnx.ModelProto:
     nodes, stored, outputs = [], [], []
     for kernel in kernels.KERNELS:
         codes, scales, zeros = kernels.weights(kernel)
-        grid = Grid(kernel.bits, kernels.BLOCK, kernel.zero_points)
+        grid = Grid(kernel.bits, kernel.block, kernel.zero_points)
         if kernel.activations == "int8":
             tensors = [(codes ^ 0x80).view("int8").T.copy(), scales[:, 0]]
             attributes = {}
@@ -41,7 +41,7 @@ def graph() -> onnx.ModelProto:
                 "K": kernels.COLUMNS,
                 "N": kernels.ROWS,
                 "bits": kernel.bits,
-                "block_size": kernels.BLOCK,
+                "block_size": kernel.block,
                 "accuracy_level": 4,
             }
         names = [f"{kernel.name} {number}" for number in range(len(tensors))]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-COLUMNS, ROWS, BLOCK = 256, 64, 32
+COLUMNS, ROWS = 256, 64
 # Without VNNI, x86's products of uint8 inputs and int8 weights overflow 16 bits, silently; with this session option ONNX
 # Runtime makes such weights uint8 when it loads a graph. It does so with VNNI, too, where that is slower and needless.
 RIGHT = {"session.x64quantprecision": "1"}
@@ -34,7 +34,7 @@ class Kernel:
     Attributes:
         name: as people read it.
         op: ONNX Runtime's operator.
-        bits, zero_points, activations: of its grid, as in `edgetune.export.quantize.grid.Grid`.
+        bits, zero_points, activations, block: of its grid, as in `edgetune.export.quantize.grid.Grid`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Kernel:
     bits: int
     zero_points: bool = False
     activations: str = "float"
+    block: int = 32
 
 
 KERNELS = (
@@ -50,6 +51,8 @@ KERNELS = (
     Kernel("int8", "MatMulNBits", 8),
     Kernel("int8 with zero points", "MatMulNBits", 8, True),
     Kernel("int8 activations", "DynamicQuantizeMatMul", 8, False, "int8"),
+    Kernel("int4 with zero points, block 64", "MatMulNBits", 4, True, block=64),
+    Kernel("int8, block 64", "MatMulNBits", 8, block=64),
 )
 
 
@@ -58,7 +61,7 @@ def weights(kernel: Kernel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import numpy as np
 
     drawn = np.random.RandomState(KERNELS.index(kernel))
-    top, blocks = (1 << kernel.bits) - 1, 1 if kernel.activations == "int8" else COLUMNS // BLOCK
+    top, blocks = (1 << kernel.bits) - 1, 1 if kernel.activations == "int8" else COLUMNS // kernel.block
     codes = drawn.randint(0, top + 1, (ROWS, COLUMNS)).astype(np.uint8)
     codes[: ROWS // 4] = top  # with inputs of one sign, sums of pairs are as large as they get
     scales = drawn.uniform(0.01, 0.02, (ROWS, blocks)).astype(np.float32)
