@@ -192,6 +192,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
     assert not (project / "runs").exists()
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage_then_the_same_result(project: Path) -> None:
     whole = edgetune("run", "tiny.yaml", "name=whole", "--until", "verify")
     assert whole.returncode == 0, whole.stderr

@@ -176,7 +176,11 @@ def test_plain_onnxruntime_genai_switches_them(tiny_model: Path, two: dict[str, 
 
 @pytest.mark.parametrize(
     ("activations", "modules"),
-    [("float", {}), ("int8", {}), ("int8", {"down_proj": {"bits": 4, "block_size": 32}})],
+    [
+        pytest.param("float", {}, marks=pytest.mark.slow),
+        pytest.param("int8", {}, marks=pytest.mark.slow),
+        ("int8", {"down_proj": {"bits": 4, "block_size": 32}}),
+    ],
     ids=["weights only", "all smoothed", "mixed"],
 )
 def test_beside_quantized_weights_it_is_as_near_as_the_base(

@@ -383,10 +383,8 @@ def test_the_real_minilm(target: str, cosine: float, minilm: Path, tmp_path: Pat
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("target", "kld", "agreement"),
-    [pytest.param("cpu-fp32", 1e-6, 0.9999, marks=pytest.mark.slow), ("cpu-int8", 0.03, 0.8)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "kld", "agreement"), [("cpu-fp32", 1e-6, 0.9999), ("cpu-int8", 0.03, 0.8)])
 def test_the_real_flan_t5(target: str, kld: float, agreement: float, tmp_path: Path) -> None:
     source = SHARED / "models" / "flan-t5-small"
     if not source.is_dir():

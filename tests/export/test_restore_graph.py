@@ -67,6 +67,16 @@ def test_it_writes_an_int8_cache_and_takes_it_up(tiny_model: Path, tmp_path: Pat
     (kept,) = (tmp_path / "kept").iterdir()
     assert b'"I8"' in kept.read_bytes()[:4096]
     assert len({(one.ids, one.logprobs) for one in answers}) == 1
+    with load(
+        tmp_path / "out"
+    ) as session:  # each call makes a new cache of the one before, which a call that was ended has lost
+        reader = session._reader
+        for interrupted in (False, True):
+            reader.forget()
+            context = reader.begin(session.encode(PROMPT), 1, None, "exact")
+            context.interrupted = interrupted
+            reader.keep(context)
+            assert bool(reader._kept) != interrupted
 
 
 def test_a_cache_that_slides_has_none(artifact: Path, tmp_path: Path) -> None:

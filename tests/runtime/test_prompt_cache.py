@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -125,7 +126,7 @@ def test_another_way_of_running_has_its_own(artifact: Path, tmp_path: Path) -> N
     assert len(files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["data", "tokens", "cuts", "short", "empty", "noise", "length"])
+@pytest.mark.parametrize("damage", ["data", "tokens", "cuts", "shape", "nested", "short", "empty", "noise", "length"])
 def test_what_is_damaged_is_read_anew(
     artifact: Path, plain: Session, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,18 +135,20 @@ def test_what_is_damaged_is_read_anew(
     header = int.from_bytes(data[:8], "little")
     if damage == "data":
         data[-5] ^= 1
-    elif damage in ("tokens", "cuts"):
-        name = b"ids" if damage == "tokens" else b"cuts"
+    elif damage in ("tokens", "cuts", "shape"):
+        name = {"tokens": b"ids", "cuts": b"cuts", "shape": b"shape"}[damage]
         place = data.index(name) + data[data.index(name) :].index(b"[") + 1
         data[place] = ord("3") if data[place] != ord("3") else ord("4")
     elif damage == "length":
         data[7] = 0xFF
+    elif damage == "nested":
+        data[8 : 8 + header] = b"[" * header
     path.write_bytes({"short": data[: header + 100], "empty": b"", "noise": b"\xff" * 200}.get(damage, bytes(data)))
     with runtime.load(artifact, prompt_cache=tmp_path) as session:
         answer = session.generate(asked("Hi."), OPTIONS)
         assert answer.cached_tokens == 0
         assert same(answer, fresh(plain, asked("Hi.")))
-    assert "is damaged, and removed" in capsys.readouterr().err
+    assert "is damaged, and read anew" in capsys.readouterr().err
     assert len(files(tmp_path)) == 1, "it is written again"
     with runtime.load(artifact, prompt_cache=tmp_path) as session:
         assert session.generate(asked("Hi."), OPTIONS).cached_tokens > 0
@@ -154,13 +157,13 @@ def test_what_is_damaged_is_read_anew(
 def test_a_folder_that_cannot_be_written(
     artifact: Path, plain: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Answers go on, and it is said once."""
+    """Answers go on, it is said once, and not tried again."""
     (tmp_path / "file").write_text("")
     with runtime.load(artifact, prompt_cache=tmp_path / "file" / "below") as session:
         for words in ("Hi.", "So."):
             session.forget()
             assert same(session.generate(asked(words), OPTIONS), fresh(plain, asked(words)))
-    assert capsys.readouterr().err.count("the prompt is not kept") == 1
+    assert capsys.readouterr().err.count("prompts are not kept") == 1
 
 
 def test_a_full_disk(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +194,110 @@ def test_files_that_were_not_used_for_longest_go(
     assert len(files(tmp_path)) == 2
 
 
+def test_other_files_of_the_folder_are_left_alone(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a model above all, which have the same ending; what a killed process left goes after an hour."""
+    weights, old, new = (
+        tmp_path / "model.safetensors",
+        *(tmp_path / f".tmp-{'0' * 16}-{c * 24}.safetensors-1-a" for c in "ab"),
+    )
+    for path in (weights, old, new):
+        path.write_bytes(b"\0" * 4096)
+    for path in (weights, old):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(prompt_cache, "MOST_BYTES", 200_000)
+    filled_in = [path for path in (weights, new) if path.exists()]
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        session.generate(asked("Hi."), OPTIONS)
+    assert all(path.exists() for path in filled_in)
+    assert not old.exists()
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_file_larger_than_all_may_be_is_not_written(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = filled(artifact, tmp_path)
+    monkeypatch.setattr(prompt_cache, "MOST_BYTES", first.stat().st_size // 2)
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        session.generate(asked("Hi.", {"role": "system", "content": "Two. " + SYSTEM["content"]}), OPTIONS)
+    assert files(tmp_path) == [first]
+
+
+def test_what_two_prompts_have_in_common_is_taken_up(artifact: Path, plain: Session, tmp_path: Path) -> None:
+    """Whole pieces of it; a prompt that is wholly in the file, too."""
+    long = "The same words, and then again the same words. " * 7
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        assert session.read(long) > 64
+    for prompt in (long[:200] + "others", long):
+        with runtime.load(artifact, prompt_cache=tmp_path) as session:
+            answer = session.generate(prompt, OPTIONS)
+            assert answer.cached_tokens > 0
+            assert same(answer, fresh(plain, prompt))
+
+
+def test_a_folder_that_can_only_be_read(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image: what is there counts."""
+    filled(artifact, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        assert session.generate(asked("Hi."), OPTIONS).cached_tokens > 0
+    assert files(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_left_alone(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(artifact, tmp_path)
+
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prompt_cache, "_mapped", refuse)
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        assert session.generate(asked("Hi."), OPTIONS).cached_tokens == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert files(tmp_path)
+
+
+def test_conversations_of_every_form(artifact: Path, plain: Session, tmp_path: Path) -> None:
+    """What works without a prompt cache works with one."""
+    call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+    turns: list[Any] = [
+        SYSTEM,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": "So?"},
+    ]
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        for prompt in (turns, [], [SYSTEM], [SYSTEM, {"role": "assistant", "content": "Yes."}]):
+            outcomes = []
+            for one in (session, plain):
+                try:
+                    outcomes.append(one.generate(iter(prompt), max_tokens=4).ids)  # type: ignore[arg-type]
+                except InputError as error:
+                    outcomes.append(error.what)  # type: ignore[arg-type]
+            assert outcomes[0] == outcomes[1]
+
+
+def test_contexts_do_not_grow_where_nothing_outgrew_them(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two system prompts in turn, each taken up from disk, with little memory."""
+    monkeypatch.setattr("edgetune.runtime.prefix.available_memory", lambda: 0)
+    begun = {"role": "system", "content": SYSTEM["content"] + SYSTEM["content"][:40]}
+    with runtime.load(artifact, prompt_cache=tmp_path) as session:
+        sizes = []
+        for turn in range(6):
+            session.generate(asked("Hi.", (SYSTEM, begun)[turn % 2]), OPTIONS)
+            sizes.append(session._reader._kept[-1].capacity)
+    assert max(sizes) == sizes[1]
+
+
 def test_an_artifact_without_the_graph(tiny_artifact: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(InputError, match=r"has no restore\.onnx") as error:
         runtime.load(tiny_artifact, prompt_cache=tmp_path)
@@ -198,8 +305,26 @@ def test_an_artifact_without_the_graph(tiny_artifact: Path, tmp_path: Path) -> N
 
 
 def test_what_is_no_folder(artifact: Path) -> None:
-    with pytest.raises(InputError, match="must be a folder, True or False, not 3"):
-        runtime.load(artifact, prompt_cache=3)  # type: ignore[call-overload]
+    for wrong in (3, "", "a\0b"):
+        with pytest.raises(InputError, match="must be a folder, True or False, not"):
+            runtime.load(artifact, prompt_cache=wrong)  # type: ignore[call-overload]
+
+
+def test_a_service_keeps_what_its_clients_bring(artifact: Path, tmp_path: Path) -> None:
+    from edgetune.serve.worker import Worker
+
+    async def served(session: Session) -> int:
+        queue = Worker(session, 4)
+        answer = queue.submit(asked("Hi."), OPTIONS)
+        assert [piece async for piece in answer]
+        queue.stop()
+        assert await asyncio.to_thread(queue.close, 5)
+        assert answer.completion
+        return answer.completion.cached_tokens
+
+    for known in (False, True):
+        with runtime.load(artifact, prompt_cache=tmp_path) as session:
+            assert (asyncio.run(served(session)) > 0) == known
 
 
 def test_the_command_line(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_a_template_that_the_native_side_cannot_render(copy: Path, tiny_model: P
     "{{ ''.__class__.__base__ }}",
     "{{ raise_exception.__globals__ }}",
     "{{ messages.append(1) }}",
-    "{% for i in range(10000000) %}x{% endfor %}",
+    "{% for i in range(1000000) %}x{% endfor %}",
     "{% include '/etc/passwd' %}",
 ])  # fmt: skip
 def test_hostile_templates(copy: Path, attack: str) -> None:

@@ -45,7 +45,7 @@ class FakeSession:
         return [0] * len(text.split())
 
     def stream(
-        self, prompt: str, options: GenerationOptions, cancel: threading.Event | None = None, *, tools: Any = ()
+        self, prompt: Any, options: GenerationOptions, cancel: threading.Event | None = None, *, tools: Any = ()
     ) -> Iterator[Piece]:
         self.together += 1
         self.most_together = max(self.together, self.most_together)
@@ -54,7 +54,8 @@ class FakeSession:
         finally:
             self.together -= 1
 
-    def _stream(self, prompt: str, options: GenerationOptions, cancel: threading.Event) -> Iterator[Piece]:
+    def _stream(self, prompt: Any, options: GenerationOptions, cancel: threading.Event) -> Iterator[Piece]:
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         self.asked.append((prompt, options))
         word, *words = prompt.split(" ")
         if word == "break":

@@ -119,7 +119,7 @@ def _same(place: Path, name: str, alone: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "fsdp"))]
+    "engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp"))]
 )
 def test_two_processes_learn_what_one_does(place: Path, alone: list[dict[str, Any]], engine: str) -> None:
     if "zero" in engine:

@@ -132,7 +132,7 @@ def command(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         adapter=adapter,
-        reuse="exact" if prompt_cache else "off",  # nothing follows, so no room is made for it
+        reuse="exact" if prompt_cache else "off",  # where nothing follows, no room is made for it
     )
     functions = [] if tools is None else read_tools(tools)
     text = read_prompt(prompt, file)

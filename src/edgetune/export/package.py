@@ -203,13 +203,18 @@ def _check_restoring(artifact: Path) -> None:
         Session(found, prompt_cache=Path(folder)) as session,
     ):
         words = "Hello "
-        words *= found.prefill_tokens // len(session.encode(words)) + 8
-        if len(session.encode(words)) + 4 > found.max_length:
+        while (count := len(session.encode(words))) <= found.prefill_tokens:
+            words += words[:60]
+        if count + 4 > found.max_length:
             return  # no prompt has a whole piece and an answer
         session.read(words)
         session.forget()
         restored, read = session.generate(words, options), session.generate(words, options, reuse="off")
-    if not restored.cached_tokens or (restored.ids, restored.logprobs) != (read.ids, read.logprobs):
+    if not restored.cached_tokens:
+        progress.say(
+            "export: note: a prompt could not be kept in the folder for temporary files, so taking one up was not tried"
+        )
+    elif (restored.ids, restored.logprobs) != (read.ids, read.logprobs):
         raise EdgetuneError(
             "a prompt that was kept on disk is answered otherwise than one that is read",
             where=f"{artifact.name}/{GRAPH}",

@@ -114,7 +114,7 @@ def load(
     if not isinstance(kind, type | None):
         raise InputError(f"must be a class, such as Embedder, not {checks.shown(kind)}", where="kind")
     checks.flag("use_profile", use_profile)
-    if not isinstance(prompt_cache, bool | str | os.PathLike):
+    if not isinstance(prompt_cache, bool | str | os.PathLike) or "\0" in str(prompt_cache) or prompt_cache == "":
         raise InputError(f"must be a folder, True or False, not {checks.shown(prompt_cache)}", where="prompt_cache")
     threads = None if threads is None else checked_threads(threads)
     try:

@@ -58,7 +58,12 @@ def load_model(artifact: Artifact, settings: Settings, provider: str | None = No
                 config.append_provider(PROVIDERS[provider].genai)
                 for key, value in (PROVIDERS[provider].options or {}).items():
                     config.set_provider_option(PROVIDERS[provider].genai, key, value)
-        decoder: dict[str, Any] = {"session_options": options} | ({"filename": graph} if graph else {})
+        decoder: dict[str, Any] = {"session_options": options}
+        if graph:
+            decoder["filename"] = graph
+            options["log_severity_level"] = (
+                4  # an `If` that is cancelled would be told as an error; errors are raised, too
+            )
         config.overlay(json.dumps({"model": {"decoder": decoder}}))
         with ThreadPoolExecutor(1) as beside:  # the graph takes one core, the tokenizer half as long
             tokenizer = beside.submit(lambda: og.Tokenizer(og.Config(str(artifact.path))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, first_line
 from edgetune.runtime.artifact import Artifact
 
 
@@ -16,10 +16,4 @@ def native(what: str, artifact: Artifact, cure: Callable[[str], str] | None = No
         yield
     except RuntimeError as error:
         fix = cure(str(error)) if cure else None
-        raise EdgetuneError(f"{what}: {first_line(error)}", where=artifact.path, fix=fix) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+        raise EdgetuneError(f"{what}: {first_line(error)[:300]}", where=artifact.path, fix=fix) from error

@@ -104,6 +104,8 @@ class Reader:
         self.fixed = "sliding_window" in artifact.config["model"]["decoder"]
         with native("ONNX Runtime cannot load the adapters", artifact):
             self._adapters = load_adapters(og, model, artifact)
+        # One buffer holds what was read, and each call writes behind it; else each call takes it over into a new one.
+        self._shared = bool(artifact.config["search"].get("past_present_share_buffer"))
         self._guidance_works = False
         self._turn_ends = frozenset(artifact.stop_ids)
         self._token_bytes = _token_bytes(artifact)
@@ -119,16 +121,17 @@ class Reader:
         if self.fixed or context.once:
             return
         if context.interrupted:
+            if not self._shared:
+                return  # the call that was ended has taken the caches away already
             try:
                 context.generator.resume(len(context.ids))
             except RuntimeError:  # not every provider can
                 return
             context.interrupted = False
         self._kept.append(context)
-        cuts = [cut for cut in context.cuts if cut <= context.lasting]
-        if self._cache is not None and cuts:
-            with native(FAILED, self._artifact):
-                self._cache.save(context.generator, context.ids[: cuts[-1]], cuts, context.key[1])
+        if self._cache is not None:
+            cuts = [cut for cut in context.cuts if cut <= context.lasting]
+            self._cache.save(context.generator, context.ids, cuts, context.key[1])
 
     def begin(
         self, ids: list[int], limit: int, guide: Guide | None, reuse: str, adapter: str | None = None, lasting: int = 0
@@ -157,7 +160,7 @@ class Reader:
             if stored is None and kept.capacity >= need and self._rewound(kept, known):
                 cuts = [cut for cut in kept.cuts if cut <= known]
                 return Context(kept.generator, key, kept.capacity, ids[:known], cuts, known, lasting=lasting)
-            outgrown = kept.capacity if known else 0
+            outgrown = kept.capacity if known and kept.capacity < need else 0
             kept = None  # frees its memory before more is taken
         capacity = self._capacity(need, outgrown, room=not once and guide is None)
         self._make_way(capacity)
@@ -169,7 +172,7 @@ class Reader:
                 self._cache.attach(generator, stored)
         found = Context(generator, key, capacity, once=once, lasting=lasting)
         if stored is not None:
-            found.ids, found.cuts, found.cached = list(stored[0].ids), list(stored[0].cuts), len(stored[0].ids)
+            found.ids, found.cuts, found.cached = list(stored.ids), list(stored.cuts), len(stored.ids)
         return found
 
     def _capacity(self, need: int, outgrown: int, room: bool) -> int:

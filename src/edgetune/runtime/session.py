@@ -260,7 +260,8 @@ class Session:
         checks.event("cancel", cancel)
         checks.function("on_prefill", on_prefill)
         adapter = self.artifact.adapter(options.adapter)
-        ids = self._encoded("prompt", prompt if isinstance(prompt, str) else self._rendered("prompt", prompt, tools))
+        turns = None if isinstance(prompt, str) else checks.items("prompt", prompt, "a string or a list of messages")
+        ids = self._encoded("prompt", prompt if isinstance(prompt, str) else self._rendered("prompt", turns, tools))
         if not ids:
             raise InputError("the prompt is empty", fix="give some text")
         room = self.artifact.max_length - len(ids)
@@ -275,7 +276,7 @@ class Session:
             raise InputError(what, where="logit_bias")
         limit = min(options.max_tokens or DEFAULT_MAX_TOKENS, room)
         names = tuple(tool["function"]["name"] for tool in checked_tools(tools))
-        lasting = 0 if self._cache is None or isinstance(prompt, str) else self._lasting(ids, prompt, tools)
+        lasting = self._lasting(ids, turns, tools) if turns and self._cache is not None else 0
         return Request(ids, limit, options, Either(self._closing, cancel), on_prefill, names, adapter, lasting)
 
     def _lasting(self, ids: list[int], messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> int:
@@ -283,7 +284,7 @@ class Session:
         first = list(messages[:1]) if messages[0]["role"] == "system" else []
         if not (first or tools) or len(messages) == len(first):
             return 0
-        said = str(messages[len(first)]["content"])
+        said = str(messages[len(first)].get("content"))
         other: Message = {"role": "user", "content": "1" if said[:1] != "1" else "2"}
         try:
             others = self._encoded("prompt", self._rendered("prompt", [*first, other], tools))

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from edgetune.errors import EdgetuneError, InputError
+from edgetune.errors import EdgetuneError, InputError, first_line
 from edgetune.files import read_json
 from edgetune.runtime import checks
 from edgetune.runtime.artifact import Artifact
 from edgetune.runtime.completion import Message
-from edgetune.runtime.native import first_line
 
 _FIX = "some templates take no system turn, or want user and assistant in turns"
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
@@ -83,7 +82,7 @@ class Template:
         try:
             return str(self._tokenizer.apply_chat_template(json.dumps(list(turns)), add_generation_prompt=True))
         except RuntimeError as error:
-            raise _refusal(first_line(error)) from error
+            raise _refusal(first_line(error)[:300]) from error
 
     def sandbox(self, turns: Sequence[Any], tools: Sequence[dict[str, Any]] = ()) -> str:
         """What Jinja makes of it. Raises InputError."""
@@ -94,7 +93,7 @@ class Template:
         try:
             return self._jinja(messages=list(turns), tools=list(tools) or None)
         except (*_OF_TEMPLATES, TemplateError) as error:
-            raise _refusal(first_line(error)) from error
+            raise _refusal(first_line(error)[:300]) from error
 
 
 def _turn(message: Any, number: int) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def _compiled(artifact: Artifact) -> Callable[..., str]:
     try:
         template = environment.from_string(source)
     except TemplateError as error:
-        raise EdgetuneError(f"the chat template is broken: {first_line(error)}", where=path) from error
+        raise EdgetuneError(f"the chat template is broken: {first_line(error)[:300]}", where=path) from error
     return lambda **given: template.render(**names, **given, add_generation_prompt=True)
 
 

@@ -197,7 +197,7 @@ class Worker:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return self.session.stream(prompt, answer.options, answer.stop, tools=answer.tools)
+        return self.session.stream(answer.messages, answer.options, answer.stop, tools=answer.tools)
 
     def stop(self) -> None:
         """Cancel everything that runs or waits, and take no more."""

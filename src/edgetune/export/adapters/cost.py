@@ -12,6 +12,7 @@ from edgetune.recipe import BenchOptions, BenchSection
 from edgetune.run import MANIFEST, outputs
 from edgetune.runtime.artifact import adapter_file
 from edgetune.runtime.bench.compare import compare
+from edgetune.runtime.prompt_cache import GRAPH
 from edgetune.train.method import link
 
 
@@ -34,7 +35,7 @@ def bench_beside_merged(
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         plain = Path(folder)
         manifest = read_json(artifact / MANIFEST)
-        left_out = {MANIFEST, "model.onnx", *map(adapter_file, manifest.pop("adapters"))}
+        left_out = {MANIFEST, "model.onnx", GRAPH, *map(adapter_file, manifest.pop("adapters"))}
         for file in artifact.iterdir():
             if file.name not in left_out:
                 link(file, plain / file.name)

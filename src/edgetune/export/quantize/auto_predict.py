@@ -24,7 +24,8 @@ from edgetune.files import read_json
 
 BUILDER = {"model builder int4": Grid(4, 32), "model builder int8": Grid(8, 32)}
 _LEAST, _MOST = 0.2, 5.0  # how far divergences are scaled at most
-_FILES_A_LAYER = 17_000  # bytes of a graph and the one that takes prompts up
+_FILES_A_LAYER = 8_000  # bytes of a graph
+_GRAPHS = 2  # the second one takes up prompts that were kept; the builder has none
 _OTHER_FILES = 16_000  # bytes: configuration, golden prompts, card, manifest
 _SCALE = 4  # bytes of the builder's
 _METHODS = {"gptq": "", "least_error": ", least error"}  # as labels say them
@@ -118,7 +119,7 @@ def rest(about: About, merged: Path, context: int, costs: Costs) -> Rest:
 def builder_points(found: Sensitivity, about: About, merged: Path, costs: Costs) -> list[dict[str, Any]]:
     """What is predicted of the model builder's own rounding, as `read_points` gives points."""
     points = []
-    files = _beside(about, merged, about.longest)
+    files = _beside(about, merged, about.longest, 1)
     tied = not any(EMBEDDING in unit.shapes for unit in found.units)
     for name, grid in BUILDER.items():
         decode, prefill = costs.rest(about.shape, 1), costs.rest(about.shape, MANY) / MANY
@@ -148,13 +149,13 @@ def _of_builder(name: str, rows: int, columns: int, grid: Grid, tied: bool) -> i
     return codes + (floats if name == HEAD and tied and grid.bits == 8 else 0)  # its lookups know 4 bits only
 
 
-def _beside(about: About, merged: Path, context: int) -> int:
+def _beside(about: About, merged: Path, context: int, graphs: int = _GRAPHS) -> int:
     """Bytes of norms, of angles (cosines and sines of half a head), of the tokenizer and of small files."""
     words = read_json(merged / "tokenizer.json") if (merged / "tokenizer.json").is_file() else {}
     files = len(json.dumps(words, ensure_ascii=False, separators=(",", ":")).encode())  # as the export writes it
     shape = about.shape
     floats = 4 * shape.hidden * (2 * shape.layers + 1)
-    return files + 4 * context * shape.head_size + floats + _FILES_A_LAYER * (shape.layers + 1) + _OTHER_FILES
+    return files + 4 * context * shape.head_size + floats + graphs * _FILES_A_LAYER * (shape.layers + 1) + _OTHER_FILES
 
 
 def _is_end(unit: Measured) -> bool:
