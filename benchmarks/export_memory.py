@@ -1,9 +1,9 @@
 """Export a large model's shape with random weights: memory and time of edgetune's quantization beside the model builder's.
 
-    python benchmarks/export_memory.py [--layers 32] [--work FOLDER] [--only edgetune|builder]
+    python benchmarks/export_memory.py [--layers 32] [--work FOLDER] [--only edgetune|edgetune-128|builder]
 
 The shape is Phi-3-mini's published configuration (3.8 billion parameters, 7.6 GB of bfloat16 weights, made here in two
-minutes); int4 in blocks of 32, rounded to nearest on both sides. Memory is that of all processes added up, every tenth of a
+minutes); int4 in blocks of 32, rounded to nearest on both sides, and of 128 with zero points with `--only edgetune-128`. Memory is that of all processes added up, every tenth of a
 second. Answers of earlier calls are kept in the work folder.
 """
 
@@ -43,6 +43,11 @@ SIDES: dict[str, dict[str, Any]] = {
         "precision": "int4",
         "options": {"prune_lm_head": True},
         "quantization": {"method": "min_max", "bits": 4, "block_size": 32},
+    },
+    "edgetune-128": {  # as GPTQ and AWQ models of this size are published: what `runtime_vs.py --shape` can compare, too
+        "precision": "int4",
+        "options": {"prune_lm_head": True},
+        "quantization": {"method": "min_max", "bits": 4, "block_size": 128, "zero_points": True},
     },
     "builder": {"precision": "int4", "options": {}},
 }
@@ -104,7 +109,7 @@ def main() -> None:
         shutil.rmtree(model, ignore_errors=True)
         write_model(model, args.layers, args.tokenizer)
     for name, body in SIDES.items():
-        if args.only and name != args.only:
+        if name != args.only and (args.only or name == "edgetune-128"):
             continue
         folder = args.work / name
         kept = folder / "point.json"

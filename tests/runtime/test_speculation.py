@@ -141,6 +141,14 @@ def test_guesses_follow_what_stood_last_and_repeat_themselves():
     assert Lookup([5, 6, 7]).guess(4) == ([], 0) and Lookup().guess(4) == ([], 0)
 
 
+def test_the_place_with_the_longest_common_past_counts():
+    """Not the last one, where four tokens are the same; of equals the last."""
+    first, last = [1, 2, 3, 4, 5, 6, 70], [9, 3, 4, 5, 6, 80]
+    assert Lookup([*first, *last, 8, 1, 2, 3, 4, 5, 6]).guess(2) == ([70, 9], 4)
+    assert Lookup([*first, *last, 8, 7, 3, 4, 5, 6]).guess(1) == ([80], 4)
+    assert Lookup([7, 7, 7, 7]).guess(3) == ([7, 7, 7], 3)
+
+
 def test_where_rows_cost_as_much_as_steps_nothing_is_guessed():
     policy = Policy({1: 1.0, 16: 16.0})
     assert policy.width(4, 15) == 0 and Policy({1: 1.0, 16: 1.0}).width(4, 15) > 4

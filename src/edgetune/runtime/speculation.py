@@ -11,6 +11,7 @@ tokens are about as likely; `exact` leaves guessing out.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from edgetune.runtime.artifact import Artifact
 
 MOST_ROWS = 16  # positions that a graph gives the likeliest tokens of in one go
 ROW_TOKENS = "row_tokens"  # the output that has them; export/quantize/rows.py puts it into graphs
-_ORDERS = (4, 3, 2)  # lengths of what is looked up, the surest first
+_ORDERS = (4, 3, 2)  # how many of the last tokens a guess is concluded from, the surest first
+_PLACES, _LONGEST = 16, 12  # of a pair's places those that are looked at, and tokens that are compared there
 _PRIOR = {4: (8.0, 1.5), 3: (5.0, 2.5), 2: (2.0, 4.0)}  # right and wrong guesses that each begins with
 _FADE = 0.92  # of the counts, a guess
 _WORTH = 1.05  # how much faster than plain steps a guess has to promise to be
@@ -39,33 +41,44 @@ class Counts:
 
 
 class Lookup:
-    """Where each run of a few tokens stood last, and so what followed it."""
+    """Where each pair of tokens stood, and so what followed it."""
 
     def __init__(self, ids: Sequence[int] = ()) -> None:
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
+        self._after: dict[tuple[int, ...], deque[int]] = {}
         for token in ids:
             self.feed(token)
 
     def feed(self, token: int) -> None:
         """Add the text's next token."""
-        here = len(self._ids)
-        for order in _ORDERS:
-            if here >= order:
-                self._after[tuple(self._ids[-order:])] = here
+        if self._ids:
+            self._after.setdefault((self._ids[-1], token), deque(maxlen=_PLACES)).append(len(self._ids) + 1)
         self._ids.append(token)
 
     def guess(self, most: int) -> tuple[list[int], int]:
-        """Up to `most` tokens that may come next, and how many of the last tokens they are concluded from; [] and 0."""
-        for order in _ORDERS:
-            at = self._after.get(tuple(self._ids[-order:])) if len(self._ids) >= order else None
-            if at is not None:
-                found: list[int] = []
-                while len(found) < most:  # what is guessed may repeat itself
-                    found.append(self._ids[at] if at < len(self._ids) else found[at - len(self._ids)])
-                    at += 1
-                return found, order
-        return [], 0
+        """Up to `most` tokens that may come next, and how many of the last tokens they are concluded from, at most four; [] and 0.
+
+        Of the places where the last two tokens stood before, that counts before which most tokens are those before here, and of
+        several the last one.
+        """
+        best, length = 0, 0
+        for at in reversed(self._after.get(tuple(self._ids[-2:]), ())):
+            if at < len(self._ids) and (common := self._common(at)) > length:
+                best, length = at, common
+        if not length:
+            return [], 0
+        found: list[int] = []
+        while len(found) < most:  # what is guessed may repeat itself
+            found.append(self._ids[best] if best < len(self._ids) else found[best - len(self._ids)])
+            best += 1
+        return found, min(length, _ORDERS[0])
+
+    def _common(self, at: int) -> int:
+        """How many tokens before a place are those before the end, two at least."""
+        ids, count = self._ids, 2
+        while count < min(_LONGEST, at) and ids[at - count - 1] == ids[-count - 1]:
+            count += 1
+        return count
 
 
 class Policy:
