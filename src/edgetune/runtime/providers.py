@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
 import io
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, InputError, first_line
+from edgetune.runtime.native import is_native, off_stdout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,11 +161,8 @@ def status(name: str) -> Status:
     if not built_in:
         if provider.plugin is None or importlib.util.find_spec(provider.plugin) is None:
             return Status(name, False, (), False, "is not installed", provider.install)
-        try:
-            onnxruntime.register_execution_provider_library(provider.ep, str(_library(provider)))
-        except (RuntimeError, OSError, ImportError, AttributeError) as error:
-            if "already registered" not in str(error):
-                return Status(name, False, (), False, f"does not load: {first_line(error)}", provider.install)
+        if why := _register(name):
+            return Status(name, False, (), False, f"does not load: {why}", provider.install)
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
     # QNN's build for x86 names the CPU, on which it compiles for the NPU: that is no device to run on.
     kinds = [(device.device.type.name, device.device.vendor) for device in found]
@@ -175,6 +174,22 @@ def status(name: str) -> Status:
         return Status(name, True, devices, False, "", "")
     note = "finds no device" + (", but can prepare graphs for one" if stands_in and kinds else "")
     return Status(name, True, (), bool(stands_in and kinds), note, f"it needs {provider.device}")
+
+
+@functools.cache
+def _register(name: str) -> str:
+    """Make a provider's plugin known to ONNX Runtime, once a process. Returns why that is not possible, or nothing."""
+    import onnxruntime
+
+    provider = PROVIDERS[name]
+    try:
+        with off_stdout():
+            onnxruntime.register_execution_provider_library(provider.ep, str(_library(provider)))
+    except Exception as error:
+        if not (is_native(error) or isinstance(error, OSError | ImportError | AttributeError)):
+            raise
+        return "" if "already registered" in str(error) else first_line(error)
+    return ""
 
 
 def _nvidia_gpus() -> tuple[str, ...]:
@@ -248,7 +263,8 @@ def register_genai(og: Any, name: str) -> None:
     provider = PROVIDERS.get(name)
     if provider and provider.plugin and importlib.util.find_spec(provider.plugin) is not None:
         try:
-            og.register_execution_provider_library(provider.ep, str(_library(provider)))
+            with off_stdout():
+                og.register_execution_provider_library(provider.ep, str(_library(provider)))
         except RuntimeError as error:
             if "already registered" not in str(error):
                 raise EdgetuneError(f"the plugin {provider.plugin} does not load: {first_line(error)}") from error
@@ -294,7 +310,8 @@ def open_session(
         options.add_provider_for_devices(devices[:1], provider.options or {})
     else:
         chosen = {"providers": [(provider.ep, provider.options or {}), CPU]}
-    session = onnxruntime.InferenceSession(source, options, enable_fallback=0, **chosen)
+    with off_stdout():
+        session = onnxruntime.InferenceSession(source, options, enable_fallback=0, **chosen)
     if not shares(session).get(provider.ep):
         raise InputError(
             f"{provider.ep} takes no node of the graph; the CPU does not take its place",
@@ -334,9 +351,10 @@ def prepare(file: Path, name: str, out: Path) -> dict[str, float]:
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.ep]
     try:
         options.add_provider_for_devices(devices[:1], {**(provider.options or {}), **_PREPARED_FOR})
-        return shares(onnxruntime.InferenceSession(str(file), options))
+        with off_stdout():
+            return shares(onnxruntime.InferenceSession(str(file), options))
     except Exception as error:
-        if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
+        if is_native(error):
             raise EdgetuneError(
                 f"{provider.ep} cannot compile the graph: {first_line(error)}", where=file.name
             ) from error
