@@ -208,11 +208,11 @@ def test_sizes_and_rates_that_nothing_reaches_are_told_before_divergences_are_me
 
     monkeypatch.setattr(auto, "measure", measures)
     rows, held_out = split(_rows(), 100)
-    for limits in ({"size_mb": 0.01, "kld_mean": 1}, {"decode_tokens_per_s": 1e9}):
+    for limits in ({"size_mb": 0.01}, {"decode_tokens_per_s": 1e9}, {"size_mb": 0.01, "kld_mean": 1}):
         with pytest.raises(InputError, match=r"nearest is predicted to have \d+\.\d MB, \d") as error:
             find(tiny_model, AutoSection.model_validate(limits), rows, held_out, 128, None)
         assert error.value.fix == f"loosen {next(iter(limits))}"
-    for limits in ({"kld_mean": 1e-9}, {"decode_tokens_per_s": 1, "size_mb": 100}):
+    for limits in ({"size_mb": 100}, {"kld_mean": 1e-9}, {"decode_tokens_per_s": 1, "size_mb": 100}):
         with pytest.raises(Measures):
             find(tiny_model, AutoSection.model_validate(limits), rows, held_out, 128, None)
 
